@@ -1,0 +1,37 @@
+"""ebmfast: fast, exact sampling of composed energy-based models.
+
+    import ebmfast as ef
+
+    red, cube = ef.Concept(color_net, [1, 0, 0], "red"), ef.Concept(shape_net, [0, 1], "cube")
+    r = ef.sample(red & ~cube, n=64, shape=(3, 32, 32), sampler=ef.Langevin(step_size=1e-3), steps=200, seed=0)
+
+p(x) ∝ exp(-E(x)); `a & b` adds energies, `a | b` is -logsumexp(-E), `~b` subtracts α·E.
+"""
+
+from . import zoo
+from .composition import (
+    Concept,
+    Expression,
+    Family,
+    Slot,
+    UngroundedNegationError,
+    all_of,
+    any_of,
+    from_json,
+    negate,
+    with_prior,
+)
+from .expressions import parse
+from .samplers import Annealed, Langevin
+from .sampling import Run, StepInfo, prepare, sample
+from .state import Fault, Interrupted, NonFiniteError, Report, Result, SampleState, Trace, TraceResult
+from .weights import AboveSigma, PiecewiseSigma
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AboveSigma", "Annealed", "Concept", "Expression", "Family", "Fault", "Interrupted", "Langevin",
+    "NonFiniteError", "PiecewiseSigma", "Report", "Result", "Run", "SampleState", "Slot", "StepInfo", "Trace",
+    "TraceResult", "UngroundedNegationError", "all_of", "any_of", "from_json", "negate", "parse", "prepare",
+    "sample", "with_prior", "zoo",
+]

@@ -1,0 +1,624 @@
+"""The algebra of energy-based models: leaves, AND, OR, NOT, weights and priors.
+
+Every formula follows from densities p(x) ∝ exp(-E(x)) (Du, Li and Mordatch, NeurIPS 2020, section 3):
+
+    a & b               E = E_a + E_b                  p ∝ p_a · p_b
+    a | b               E = -logsumexp(-E_a, -E_b)     p ∝ p_a + p_b
+    a & ~b              E = E_a - α E_b                p ∝ p_a / p_b^α
+    2.0 * a             E = 2 E_a                      p ∝ p_a^2
+    with_prior(a & b, p)  E = E_p + (E_a - E_p) + (E_b - E_p)
+
+The update rules printed beside OR and NOT in that paper have the opposite sign and would climb the energy;
+the densities are right, and they are what is implemented here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from numbers import Real
+
+import torch
+
+from .program import Program
+from .weights import Weight, add, as_weight, combine, from_data, lowest, multiply, to_data
+
+PAPER_ALPHA = 0.01
+
+
+class UngroundedNegationError(ValueError):
+    """A composition whose density cannot be normalised, because what is negated outweighs the rest."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A condition that is filled per chain: `conditions={name: rows}` with rows `[n, C]`."""
+
+    name: str
+
+    def __post_init__(self):
+        if not isinstance(self.name, str) or not self.name:
+            raise ValueError(f"a Slot needs a non-empty name, got {self.name!r}")
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A model and how it is called: what all concepts of one model have in common."""
+
+    model: Callable
+    name: str
+    takes_sigma: bool
+    takes_keep: bool
+    reduce: str | None = None
+    data_range: tuple[float, float] | None = None
+    sigma: tuple[float, float] | None = None
+    negation_alpha: float | None = None
+
+    @property
+    def key(self) -> tuple:
+        """What two sources must share for their leaves to be one leaf, or one batched call."""
+        return (id(self.model), self.takes_sigma, self.takes_keep, self.reduce)
+
+
+def _source(model, name, takes_sigma, reduce, data_range, sigma, negation_alpha) -> Source:
+    if not callable(model):
+        raise TypeError(f"`model` must be a module or a function energy(x) or energy(x, condition), got {model!r}")
+    if reduce not in (None, "sum"):
+        raise ValueError(f'`reduce` must be None or "sum", got {reduce!r}')
+    function = model.forward if isinstance(model, torch.nn.Module) else model
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        parameters = {}
+    for label, pair in (("data_range", data_range), ("sigma", sigma)):
+        if pair is not None and not (len(pair) == 2 and pair[0] < pair[1]):
+            raise ValueError(f"`{label}` must be a pair (low, high), got {pair!r}")
+    return Source(
+        model, name, "sigma" in parameters if takes_sigma is None else bool(takes_sigma), "keep" in parameters,
+        reduce, None if data_range is None else tuple(map(float, data_range)),
+        None if sigma is None else tuple(map(float, sigma)),
+        None if negation_alpha is None else as_weight(negation_alpha, "negation_alpha"))
+
+
+class Expression:
+    """A composition of energies. Immutable and hashable; build it with `&`, `|`, `~` and `*`.
+
+    `leaves` are the unique concepts of the simplified tree, in order of first appearance; they are the
+    columns of `leaf_energies`. Methods that evaluate take `x` `[B, *S]` of any floating dtype, `sigma` (a
+    number, the noise level) where a model or a weight depends on one, and `conditions` (`{slot: [B, C]}`).
+    """
+
+    def __and__(self, other):
+        return all_of([self, other]) if isinstance(other, Expression) else NotImplemented
+
+    def __or__(self, other):
+        return any_of([self, other]) if isinstance(other, Expression) else NotImplemented
+
+    def __invert__(self):
+        return negate(self)
+
+    def __mul__(self, weight):
+        if isinstance(weight, Expression):
+            raise TypeError("two expressions cannot be multiplied; `a & b` multiplies their densities")
+        return Sum(((as_weight(weight), self),))
+
+    def __rmul__(self, weight):
+        return self.__mul__(weight)
+
+    def __bool__(self):
+        raise TypeError(
+            "a composition has no truth value: `a and b` would silently be `b`. Write `a & b`, `a | b`, `~a`")
+
+    @cached_property
+    def simplified(self) -> Expression:
+        """The same energy as nested weighted sums and logsumexps, flattened, equal leaves merged."""
+        return _simplify(self)
+
+    def simplify(self) -> Expression:
+        """The same energy as nested weighted sums and logsumexps, flattened, equal leaves merged."""
+        return self.simplified
+
+    @cached_property
+    def leaves(self) -> tuple[Concept, ...]:
+        """Unique leaves of the simplified tree in order of first appearance."""
+        return tuple(dict.fromkeys(_walk(self.simplified)))
+
+    @cached_property
+    def program(self) -> Program:
+        """The simplified tree in postfix order, as small arrays that kernels read."""
+        return _pack(self.simplified, {leaf: k for k, leaf in enumerate(self.leaves)})
+
+    @cached_property
+    def slots(self) -> tuple[str, ...]:
+        """Names of the slots that `conditions=` has to fill, in order of first appearance."""
+        found = (leaf.condition.name for leaf in self.leaves if isinstance(leaf.condition, Slot))
+        return tuple(dict.fromkeys(found))
+
+    @cached_property
+    def tail_weight(self) -> Weight:
+        """T of the grounding rule: leaf 1; weighted sum Σ wᵢ T(childᵢ); OR min T. Grounded where T > 0."""
+        return _tail_weight(self.simplified)
+
+    @cached_property
+    def step_scale(self) -> Weight:
+        """M that divides annealed steps: leaf 1; sum Σ max(wᵢ, 0)·Mᵢ; OR max Mᵢ; 1 under a prior."""
+        return _step_scale(self)
+
+    def check_grounded(self, sigmas: Sequence[float] | None = None) -> None:
+        """Raise `UngroundedNegationError` unless T > 0 at every one of the noise levels `sigmas`.
+
+        T > 0 is necessary, not sufficient: a negated concept narrower than what grounds it can still win.
+        """
+        tail = lowest(self.tail_weight, sigmas)
+        if tail > 0:
+            return
+        raise UngroundedNegationError(
+            f"{self!r} is not grounded: its weights add up to {tail:g} far from the data, so exp(-E) has no"
+            " finite integral and chains run away. A negation needs something it is taken from: write"
+            " `a & ~b` with a smaller alpha (`negate(b, alpha=0.1)`), and in an OR ground every branch."
+            " If you mean it, bound the domain (clamp=(lo, hi)) or pass allow_improper=True")
+
+    def energy(self, x, sigma: float | None = None, conditions: Mapping | None = None) -> torch.Tensor:
+        """E(x) of the composition, `[B]`, differentiable with respect to `x` and to the models."""
+        columns = self.leaf_energies(x, sigma, conditions).unbind(1)
+        return self.program.evaluate(columns, sigma) if columns else x.new_zeros(x.shape[0])
+
+    def leaf_energies(self, x, sigma: float | None = None, conditions: Mapping | None = None) -> torch.Tensor:
+        """E_k(x) of every leaf, `[B, K]`, columns as in `leaves`."""
+        from .plan import Plan
+        columns = Plan(self).bind(x, conditions).energies(x, sigma)
+        return torch.stack(columns, dim=1) if columns else x.new_zeros(x.shape[0], 0)
+
+    def gradient(self, x, sigma: float | None = None, conditions: Mapping | None = None) -> torch.Tensor:
+        """∇E(x) = Σ_k w_k(x) ∇E_k(x), `[B, *S]`, w = ∂E/∂E_k; from one batched forward-backward."""
+        from .plan import Plan
+        return Plan(self).bind(x, conditions).gradient(x, sigma)
+
+    def explain(self) -> str:
+        """What will be evaluated: the simplified tree, its leaves, and how they are batched."""
+        from .plan import Plan
+        return Plan(self).explain()
+
+    def to_json(self) -> str:
+        """The tree as JSON, models by name; `from_json` reads it back."""
+        return json.dumps(_to_data(self))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Concept(Expression):
+    """One energy E(x) or E(x | condition): a leaf of a composition.
+
+    Args:
+        model: an `nn.Module` or function `energy(x)` or `energy(x, condition)` → `[B]` or `[B, 1]`; a model
+            with a parameter `sigma` is called with `sigma=` `[B]`, the noise level. Never modified.
+        condition: a vector of numbers `[C]`, a number, a `Slot`, or None.
+        name: what reports and errors call it.
+        reduce: `"sum"` adds up whatever else the model returns per chain; None raises on other shapes.
+        takes_sigma: overrides what the model's signature says.
+        data_range, sigma: the model's range of x, and of noise levels, where known.
+        negation_alpha: α of `~concept`; None is the paper's 0.01.
+
+    Two concepts of the same model under the same condition are the same leaf.
+    """
+
+    source: Source
+    condition: tuple[float, ...] | Slot | None
+    name: str
+    family: Family | None = field(default=None)
+
+    def __init__(self, model, condition=None, name: str | None = None, *, reduce: str | None = None,
+                 takes_sigma: bool | None = None, data_range=None, sigma=None, negation_alpha=None):
+        name = name or getattr(model, "__name__", None) or type(model).__name__
+        source = _source(model, name, takes_sigma, reduce, data_range, sigma, negation_alpha)
+        self._set(source, _as_condition(condition, name), name, None)
+
+    def _set(self, source, condition, name, family):
+        for key, value in (("source", source), ("condition", condition), ("name", name), ("family", family)):
+            object.__setattr__(self, key, value)
+
+    def __eq__(self, other):
+        if not isinstance(other, Concept):
+            return NotImplemented
+        return self.source.key == other.source.key and self.condition == other.condition
+
+    def __hash__(self):
+        return hash((self.source.key, self.condition))
+
+    def __repr__(self):
+        return self.name
+
+
+class Family:
+    """All concepts of one conditional model E(x | condition).
+
+    Args:
+        model: a module or function called as in `Concept`; one with a parameter `keep` (`[B]`, 1 with
+            condition, 0 without) evaluates conditioned and unconditional rows in one batch.
+        name: what expressions call it.
+        labels: `{label: condition vector}`; then `family("label")` is a concept.
+        unconditional: whether the model has an unconditional energy (called with `condition=None`).
+        condition_dim: the width C of a condition; taken from `labels` where they are given.
+        data_range, sigma, negation_alpha, takes_sigma, reduce: as in `Concept`.
+
+    `family("red")`, `family(0.2, 0.8)`, `family([0.2, 0.8])` and `family[Slot("c")]` are concepts.
+    """
+
+    def __init__(self, model, name: str, labels: Mapping[str, Sequence[float]] | None = None, *,
+                 unconditional: bool = False, condition_dim: int | None = None, data_range=None, sigma=None,
+                 negation_alpha=None, takes_sigma: bool | None = None, reduce: str | None = None):
+        self.name = name
+        self.labels = {str(k): _as_condition(v, f"{name}[{k!r}]") for k, v in (labels or {}).items()}
+        widths = {len(v) for v in self.labels.values()} | ({condition_dim} if condition_dim else set())
+        if len(widths) > 1:
+            raise ValueError(f"conditions of {name!r} must have one width, got {sorted(widths)}")
+        self.condition_dim = widths.pop() if widths else None
+        self.source = _source(model, name, takes_sigma, reduce, data_range, sigma, negation_alpha)
+        self._unconditional = unconditional
+
+    def __repr__(self):
+        return f"Family({self.name!r})"
+
+    @property
+    def unconditional(self) -> Concept:
+        """The model's energy without a condition, E(x)."""
+        if not self._unconditional:
+            raise ValueError(f"{self.name!r} has no unconditional energy: Family(..., unconditional=True) says it has")
+        return self._concept(None, f"{self.name}.unconditional")
+
+    def __getitem__(self, slot: Slot) -> Concept:
+        if not isinstance(slot, Slot):
+            raise TypeError(f"{self.name}[...] takes an ef.Slot, got {slot!r}; write {self.name}({slot!r})")
+        return self._concept(slot, f"{self.name}[{slot.name}]")
+
+    def __call__(self, *condition) -> Concept:
+        if len(condition) == 1:
+            condition = condition[0]
+        if isinstance(condition, str):
+            return self._concept(self._label(condition), f"{self.name}({condition!r})")
+        if isinstance(condition, Slot):
+            return self[condition]
+        vector = _as_condition(condition, self.name)
+        if not vector:
+            raise ValueError(f"{self.name}() needs a label or a condition")
+        if self.condition_dim is not None and len(vector) != self.condition_dim:
+            raise ValueError(
+                f"a condition of {self.name!r} must have {self.condition_dim} numbers, got {len(vector)}")
+        return self._concept(vector, f"{self.name}({', '.join(f'{v:g}' for v in vector)})")
+
+    def _label(self, label: str) -> tuple[float, ...]:
+        if label in self.labels:
+            return self.labels[label]
+        near = difflib.get_close_matches(label, self.labels, n=3)
+        known = f"its labels are {', '.join(self.labels)}" if self.labels else "it has no labels; pass numbers"
+        meant = f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
+        raise ValueError(f"{self.name!r} has no label {label!r}{meant}: {known}")
+
+    def _concept(self, condition, name) -> Concept:
+        concept = Concept.__new__(Concept)
+        concept._set(self.source, condition, name, self)
+        return concept
+
+
+def _as_condition(condition, name: str):
+    if condition is None or isinstance(condition, Slot):
+        return condition
+    if isinstance(condition, Real):
+        condition = [condition]
+    if isinstance(condition, torch.Tensor):
+        condition = condition.tolist()
+    try:
+        values = tuple(float(v) for v in condition)
+    except (TypeError, ValueError):
+        raise ValueError(f"the condition of {name} must be a vector of numbers, got {condition!r}") from None
+    if not all(math.isfinite(v) for v in values):
+        raise ValueError(f"the condition of {name} must be finite, got {values}")
+    return values
+
+
+@dataclass(frozen=True, repr=False)
+class Sum(Expression):
+    """E = Σ wᵢ Eᵢ. `scale` is the step scale where simplification has to remember it."""
+
+    terms: tuple[tuple[Weight, Expression], ...]
+    scale: Weight | None = field(default=None, compare=False)
+
+    def __repr__(self):
+        if not self.terms:
+            return "all_of([])"
+        return " & ".join(_term_text(w, e) for w, e in self.terms)
+
+
+@dataclass(frozen=True, repr=False)
+class LogSumExp(Expression):
+    """E = -(1/s) logsumexp(-s Eᵢ + log wᵢ)."""
+
+    children: tuple[Expression, ...]
+    log_weights: tuple[float, ...]
+    sharpness: float = 1.0
+
+    def __repr__(self):
+        if self.sharpness == 1.0 and not any(self.log_weights) and len(self.children) > 1:
+            return " | ".join(_bracketed(c, len(getattr(c, "terms", ())) > 1) for c in self.children)
+        inside = ", ".join(map(repr, self.children))
+        weights = f", log_weights={list(self.log_weights)}" if any(self.log_weights) else ""
+        sharp = f", sharpness={self.sharpness:g}" if self.sharpness != 1.0 else ""
+        return f"any_of([{inside}]{weights}{sharp})"
+
+
+@dataclass(frozen=True, repr=False)
+class WithPrior(Expression):
+    """Every conjunction of total weight W gets -(W - 1)·weight·E_p."""
+
+    expression: Expression
+    prior: Expression
+    weight: Weight = 1.0
+
+    def __repr__(self):
+        weight = "" if self.weight == 1.0 else f", weight={self.weight!r}"
+        return f"with_prior({self.expression!r}, {self.prior!r}{weight})"
+
+
+def _bracketed(expression: Expression, when: bool) -> str:
+    return f"({expression!r})" if when else repr(expression)
+
+
+def _term_text(weight: Weight, expression: Expression) -> str:
+    infix_or = isinstance(expression, LogSumExp) and " | " in repr(expression)
+    if weight == 1.0:
+        return _bracketed(expression, infix_or)
+    text = _bracketed(expression, infix_or or isinstance(expression, Sum))
+    if isinstance(weight, float) and weight < 0:
+        return f"~{text}" if -weight == _own_alpha(expression) else f"negate({expression!r}, alpha={-weight:g})"
+    return f"{weight:g}*{text}" if isinstance(weight, float) else f"{weight!r}*{text}"
+
+
+def _expressions(items: Iterable, what: str) -> tuple[Expression, ...]:
+    items = tuple(items)
+    for item in items:
+        if not isinstance(item, Expression):
+            raise TypeError(f"{what} takes concepts and expressions, got {item!r}")
+    if not items:
+        raise ValueError(f"{what} needs at least one expression")
+    return items
+
+
+def all_of(expressions: Iterable[Expression], weights: Sequence | None = None) -> Expression:
+    """Conjunction: E = Σ wᵢ Eᵢ, p ∝ ∏ pᵢ^wᵢ. Weights are numbers or schedules over the noise level."""
+    items = _expressions(expressions, "all_of")
+    weights = [1.0] * len(items) if weights is None else [as_weight(w, "weights") for w in weights]
+    if len(weights) != len(items):
+        raise ValueError(f"`weights` must have {len(items)} entries, got {len(weights)}")
+    return Sum(tuple(zip(weights, items)))
+
+
+def any_of(expressions: Iterable[Expression], log_weights: Sequence[float] | None = None,
+           sharpness: float = 1.0) -> Expression:
+    """Disjunction: E = -(1/s) logsumexp(-s Eᵢ + log wᵢ); with s = 1 the mixture Σ wᵢ exp(-Eᵢ).
+
+    At temperature T the chain is a mixture of the tempered branches only if s·T = 1; with s ≠ 1
+    `log_weights` are not mixture weights. Branches count by their unnormalised densities: models trained
+    apart have unknown partition functions, which `log_weights` can balance.
+    """
+    items = _expressions(expressions, "any_of")
+    logs = [0.0] * len(items) if log_weights is None else [_number(v, "log_weights") for v in log_weights]
+    if len(logs) != len(items):
+        raise ValueError(f"`log_weights` must have {len(items)} entries, got {len(logs)}")
+    sharpness = _number(sharpness, "sharpness")
+    if sharpness <= 0:
+        raise ValueError(f"`sharpness` must be positive, got {sharpness}")
+    return LogSumExp(items, tuple(logs), sharpness)
+
+
+def negate(expression: Expression, alpha=None) -> Expression:
+    """Negation: E = -α E_b, so `a & negate(b, α)` has p ∝ p_a / p_b^α.
+
+    `alpha` None is the model's own `negation_alpha` (the least of them where `expression` has several
+    leaves), else the paper's 0.01. De Morgan's laws do not hold for these densities.
+    """
+    (expression,) = _expressions([expression], "negate")
+    alpha = _own_alpha(expression) if alpha is None else as_weight(alpha, "alpha")
+    if lowest(alpha) < 0:
+        raise ValueError(f"`alpha` must not be negative, got {alpha}")
+    return Sum(((-alpha, expression),))
+
+
+def with_prior(expression: Expression, prior: Expression, weight=1.0) -> Expression:
+    """Count the prior once: every conjunction of total weight W gets -(W - 1)·E_p.
+
+    So a conjunction becomes p(x) ∏ᵢ (p(x|cᵢ)/p(x))^wᵢ, that is E_p + Σ wᵢ (Eᵢ - E_p); in it an OR counts 1
+    and a NOT -α. `weight` scales the correction, `AboveSigma(0.5)` applies it above that noise level only.
+    """
+    expression, prior = _expressions([expression, prior], "with_prior")
+    return WithPrior(expression, prior, as_weight(weight))
+
+
+def _number(value, name: str) -> float:
+    value = as_weight(value, name)
+    if not isinstance(value, float):
+        raise TypeError(f"`{name}` must be a number, got {value!r}")
+    return value
+
+
+def _own_alpha(expression: Expression) -> float:
+    alphas = {leaf.source.negation_alpha for leaf in _walk(expression)}
+    return min(PAPER_ALPHA if a is None else a for a in alphas) if alphas else PAPER_ALPHA
+
+
+def _children(expression: Expression) -> tuple[Expression, ...]:
+    match expression:
+        case Sum(terms=terms):
+            return tuple(e for _, e in terms)
+        case LogSumExp(children=children):
+            return children
+        case WithPrior(expression=inner, prior=prior):
+            return (inner, prior)
+    return ()
+
+
+def _walk(expression: Expression):
+    if isinstance(expression, Concept):
+        yield expression
+    for child in _children(expression):
+        yield from _walk(child)
+
+
+def _simplify(expression: Expression) -> Expression:
+    match expression:
+        case Sum(terms=terms):
+            return _flat_sum([(w, e.simplified) for w, e in terms], expression.step_scale)
+        case LogSumExp(children=children):
+            return _flat_or([c.simplified for c in children], expression.log_weights, expression.sharpness)
+        case WithPrior(expression=inner, prior=prior, weight=weight):
+            return _with_prior(inner.simplified, prior.simplified, weight, expression.step_scale)
+    return expression
+
+
+def _flat_sum(terms, scale: Weight) -> Expression:
+    merged: dict[Expression, list[Weight]] = {}
+    for weight, child in terms:
+        for inner, leaf in child.terms if isinstance(child, Sum) else ((1.0, child),):
+            merged.setdefault(leaf, []).append(multiply(weight, inner))
+    kept = tuple((w, e) for e, ws in merged.items() if (w := add(ws)) != 0.0)
+    if len(kept) == 1 and kept[0][0] == 1.0 and kept[0][1].step_scale == scale:
+        return kept[0][1]
+    return Sum(kept, scale)
+
+
+def _flat_or(children, log_weights, sharpness: float) -> Expression:
+    merged: dict[Expression, float] = {}
+    for child, log_weight in zip(children, log_weights):
+        same = isinstance(child, LogSumExp) and child.sharpness == sharpness
+        for branch, inner in zip(child.children, child.log_weights) if same else ((child, 0.0),):
+            total = log_weight + inner
+            merged[branch] = _logaddexp(merged[branch], total) if branch in merged else total
+    if len(merged) == 1 and not any(merged.values()):
+        return next(iter(merged))
+    return LogSumExp(tuple(merged), tuple(merged.values()), sharpness)
+
+
+def _logaddexp(a: float, b: float) -> float:
+    return max(a, b) + math.log1p(math.exp(-abs(a - b)))
+
+
+def _with_prior(expression: Expression, prior: Expression, weight: Weight, scale: Weight) -> Expression:
+    match expression:
+        case LogSumExp(children=children):
+            branches = [_with_prior(c, prior, weight, c.step_scale) for c in children]
+            return _flat_or(branches, expression.log_weights, expression.sharpness)
+        case Sum(terms=terms):
+            total = add([w for w, _ in terms])
+            extra = combine(lambda t, w: -(t - 1.0) * w, total, weight)
+            inner = [(w, _with_prior(e, prior, weight, e.step_scale)) for w, e in terms]
+            return _flat_sum([*inner, (extra, prior)], scale)
+    return expression
+
+
+def _tail_weight(expression: Expression) -> Weight:
+    match expression:
+        case Sum(terms=terms):
+            return add([multiply(w, _tail_weight(e)) for w, e in terms])
+        case LogSumExp(children=children):
+            return combine(min, *map(_tail_weight, children)) if len(children) > 1 else _tail_weight(children[0])
+    return 1.0
+
+
+def _step_scale(expression: Expression) -> Weight:
+    match expression:
+        case Sum(terms=terms, scale=scale):
+            if scale is not None:
+                return scale
+            return add([multiply(combine(lambda v: max(v, 0.0), w), e.step_scale) for w, e in terms])
+        case LogSumExp(children=children):
+            scales = [c.step_scale for c in children]
+            return combine(max, *scales) if len(scales) > 1 else scales[0]
+        case WithPrior(expression=inner, weight=weight):
+            return combine(lambda w, m: w + (1.0 - w) * m, weight, inner.step_scale)
+    return 1.0
+
+
+def _pack(expression: Expression, index: Mapping[Concept, int]) -> Program:
+    codes: list[tuple[int, int]] = []
+    values: list[Weight] = []
+
+    def visit(node: Expression):
+        match node:
+            case Sum(terms=terms):
+                for _, child in terms:
+                    visit(child)
+                codes.append((Program.SUM, len(terms)))
+                values.extend(w for w, _ in terms)
+            case LogSumExp(children=children):
+                for child in children:
+                    visit(child)
+                codes.append((Program.LOGSUMEXP, len(children)))
+                values.extend((node.sharpness, *node.log_weights))
+            case _:
+                codes.append((Program.LEAF, index[node]))
+
+    visit(expression)
+    return Program(tuple(codes), tuple(values), len(index))
+
+
+def _to_data(expression: Expression) -> dict:
+    match expression:
+        case Concept(condition=condition, family=family):
+            if family is None:
+                return {"concept": expression.name}
+            if isinstance(condition, Slot):
+                return {"family": family.name, "slot": condition.name}
+            if condition is None:
+                return {"family": family.name, "unconditional": True}
+            label = next((k for k, v in family.labels.items() if v == condition), None)
+            return {"family": family.name, **({"label": label} if label else {"condition": list(condition)})}
+        case Sum(terms=terms, scale=scale):
+            extra = {} if scale is None else {"scale": to_data(scale)}
+            return {"sum": [[to_data(w), _to_data(e)] for w, e in terms], **extra}
+        case LogSumExp(children=children, log_weights=logs, sharpness=sharpness):
+            return {"or": [_to_data(c) for c in children], "log_weights": list(logs), "sharpness": sharpness}
+        case WithPrior(expression=inner, prior=prior, weight=weight):
+            return {"with_prior": [_to_data(inner), _to_data(prior)], "weight": to_data(weight)}
+    raise TypeError(f"{expression!r} is not an expression")
+
+
+def from_json(text: str, models: Mapping[str, Family | Concept] | Iterable[Family | Concept]) -> Expression:
+    """The expression that `to_json` wrote, its models looked up by name in `models`.
+
+    Raises:
+        ValueError: the text is not such a document, or names a model that `models` lacks.
+    """
+    if not isinstance(models, Mapping):
+        models = {m.name: m for m in models}
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not a composition in JSON: {error}") from None
+    return _from_data(data, models)
+
+
+def _from_data(data, models) -> Expression:
+    match data:
+        case {"concept": name} | {"family": name} if name not in models:
+            raise ValueError(f"the composition needs a model named {name!r}; given are {', '.join(models) or 'none'}")
+        case {"concept": name}:
+            return models[name]
+        case {"family": name, "slot": slot}:
+            return models[name][Slot(slot)]
+        case {"family": name, "unconditional": True}:
+            return models[name].unconditional
+        case {"family": name, "label": label}:
+            return models[name](label)
+        case {"family": name, "condition": [*condition]}:
+            return models[name](condition)
+        case {"sum": [*terms]}:
+            scale = from_data(data["scale"]) if "scale" in data else None
+            return Sum(tuple((from_data(w), _from_data(e, models)) for w, e in terms), scale)
+        case {"or": [*children], "log_weights": [*logs], "sharpness": sharpness}:
+            return any_of([_from_data(c, models) for c in children], logs, sharpness)
+        case {"with_prior": [expression, prior], "weight": weight}:
+            return with_prior(_from_data(expression, models), _from_data(prior, models), from_data(weight))
+    raise ValueError(f"not a composition in JSON: {data!r}")

@@ -1,0 +1,153 @@
+"""Unadjusted Langevin dynamics.
+
+    x <- clamp( x - drift · clip(∇E(x)) + noise · z ),   z ~ N(0, I)
+
+Sources: Welling and Teh, ICML 2011; Du, Li and Mordatch, NeurIPS 2020, equation 2.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from ..composition import Expression
+from .schedule import Coefficients, Schedule, values
+
+
+class LangevinState(NamedTuple):
+    """Chains `x` `[B, *S]`, the step they take next, and per chain the fault that stopped it (0: none)."""
+
+    x: torch.Tensor
+    step: int
+    faults: torch.Tensor
+
+
+class LangevinInfo(NamedTuple):
+    """Leaf energies `K × [B]` at the point where the gradient was taken."""
+
+    leaf_energies: list[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Langevin:
+    """Unadjusted Langevin dynamics, in every convention in use.
+
+    `Langevin(step_size=λ, temperature=T)` has drift λ/2 and noise √(λT), so that its law tends to
+    p^(1/T) as λ → 0; `Langevin(drift=, noise=)` sets both coefficients of
+
+        x <- clamp( x - drift · clip(∇E(x)) + noise · z )
+
+    Args:
+        step_size, temperature, drift, noise: numbers, sequences with one value per step, or callables of the
+            step. Units: x² per unit of energy for `step_size` and `drift`, those of x for `noise`.
+        noise_first: x <- x + noise · z, then the gradient there, then the drift and the clamp.
+        clamp: `(low, high)` for every element, after each step.
+        grad_clip_value: elementwise bound on the composed gradient; applied before the norm's.
+        grad_clip_norm: bound on the L2 norm of the composed gradient, per chain.
+
+    Raises:
+        ValueError: both or neither of the two parametrisations, or a bound that is not one.
+    """
+
+    step_size: Schedule | None = None
+    temperature: Schedule = 1.0
+    drift: Schedule | None = None
+    noise: Schedule | None = None
+    noise_first: bool = False
+    clamp: tuple[float, float] | None = None
+    grad_clip_norm: float | None = None
+    grad_clip_value: float | None = None
+
+    steps = None  # the call decides
+
+    def __post_init__(self):
+        free = (self.drift is not None, self.noise is not None)
+        if self.step_size is not None and any(free):
+            raise ValueError("Langevin takes `step_size` (and `temperature`) or `drift` and `noise`, not both")
+        if any(free) and not all(free):
+            raise ValueError("Langevin needs `drift` and `noise` together")
+        if all(free) and self.temperature != 1.0:
+            raise ValueError("`temperature` belongs to `step_size`; with `drift` and `noise` it is noise²/(2·drift)")
+        if self.clamp is not None:
+            low, high = map(float, self.clamp)
+            if not low < high:
+                raise ValueError(f"`clamp` must be (low, high) with low < high, got {self.clamp}")
+            object.__setattr__(self, "clamp", (low, high))
+        for name in ("grad_clip_norm", "grad_clip_value"):
+            bound = getattr(self, name)
+            if bound is not None and not bound > 0:
+                raise ValueError(f"`{name}` must be positive, got {bound}")
+
+    @classmethod
+    def paper(cls, step_size: float = 1.0, **options) -> Langevin:
+        """The rule as printed: x - (λ/2)∇E + ω, ω ~ N(0, λ). Source: Du et al. 2020, equation 2."""
+        return cls(step_size=step_size, **options)
+
+    @classmethod
+    def reference_code(cls, step: float = 100.0, sigma: float = 0.001, clamp=(0.0, 1.0), **options) -> Langevin:
+        """What the paper's code runs: noise first, drift and noise apart, clamped to the data range.
+
+        Its effective temperature, σ²/(2·step) = 5e-9 at these settings, makes it descent, not sampling.
+        """
+        return cls(drift=step, noise=sigma, noise_first=True, clamp=clamp, **options)
+
+    def coefficients(self, expression: Expression, steps: int, start: int = 0) -> Coefficients:
+        """Drift and noise of steps `start` to `start + steps - 1`."""
+        if self.step_size is None and self.drift is None:
+            raise ValueError("Langevin needs `step_size`, or `drift` and `noise`")
+        if self.step_size is None:
+            drift, noise = values(self.drift, "drift", steps, start), values(self.noise, "noise", steps, start)
+        else:
+            sizes = values(self.step_size, "step_size", steps, start)
+            heat = values(self.temperature, "temperature", steps, start)
+            drift, noise = [s / 2 for s in sizes], [math.sqrt(s * t) for s, t in zip(sizes, heat)]
+        return Coefficients(drift, noise, [None] * steps)
+
+    def noise_levels(self) -> tuple[float, ...] | None:
+        """Noise levels at which energies are taken: none."""
+        return None
+
+    def initial_scale(self) -> float:
+        """Standard deviation of `init="normal"`."""
+        return 1.0
+
+    def bind(self, evaluator, backend, coefficients: Coefficients, start: int, **fixed) -> LangevinKernel:
+        """`init` and `step` on one micro-batch; `fixed`: seed, first_chain, frozen_mask."""
+        return LangevinKernel(self, evaluator, backend, coefficients, start, fixed)
+
+
+class LangevinKernel:
+    """Langevin steps of one micro-batch: `init(x) -> state`, `step(state) -> (state, info)`.
+
+    `step` updates `state.x` and `state.faults` in place.
+    """
+
+    def __init__(self, sampler: Langevin, evaluator, backend, coefficients: Coefficients, start: int, fixed: dict):
+        self.sampler, self.evaluator, self.backend = sampler, evaluator, backend
+        self.coefficients, self.start = coefficients, start
+        self._fixed = fixed
+        self._limits = {"clamp": sampler.clamp, "grad_clip_value": sampler.grad_clip_value,
+                        "grad_clip_norm": sampler.grad_clip_norm}
+        self._ones = torch.ones(len(evaluator.plan.leaves))
+
+    def init(self, x: torch.Tensor, step: int | None = None, faults: torch.Tensor | None = None) -> LangevinState:
+        """The state of chains `x` `[B, *S]` before step `step`."""
+        if faults is None:
+            faults = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
+        self._ones = self._ones.to(x.device, x.dtype)
+        return LangevinState(x, self.start if step is None else step, faults)
+
+    def step(self, state: LangevinState) -> tuple[LangevinState, LangevinInfo]:
+        """One step of every chain that has no fault."""
+        x, t, faults = state
+        i = t - self.start
+        drift, noise, sigma = (c[i] for c in self.coefficients)
+        if self.sampler.noise_first:
+            self.backend.step(x, (), self._ones[:0], 0.0, noise, step=t, faults=faults, **self._fixed)
+            noise = 0.0
+        gradients, energies = self.evaluator.gradients(x, sigma)
+        self.backend.step(x, gradients, self._ones, drift, noise, step=t, faults=faults, **self._limits, **self._fixed)
+        return LangevinState(x, t + 1, faults), LangevinInfo(energies)

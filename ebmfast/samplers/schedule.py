@@ -1,0 +1,45 @@
+"""Step-dependent coefficients, evaluated once before a chain starts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from numbers import Real
+from typing import NamedTuple
+
+Schedule = float | Sequence[float] | Callable[[int], float]
+
+
+class Coefficients(NamedTuple):
+    """What every step of a call does: entry `i` belongs to step `start + i`."""
+
+    drift: list[float]
+    noise: list[float]
+    sigma: list[float | None]
+
+    def temperature(self) -> tuple[float, float]:
+        """Least and greatest effective temperature noise²/(2·drift) over the steps with noise."""
+        values = [n * n / (2 * d) if d else math.inf for d, n in zip(self.drift, self.noise) if n]
+        return (min(values), max(values)) if values else (0.0, 0.0)
+
+
+def values(schedule: Schedule, name: str, steps: int, start: int = 0) -> list[float]:
+    """A schedule as `steps` floats: a number, a sequence of that length, or a callable of the step.
+
+    A callable gets the absolute step (a resumed chain goes on counting); a sequence belongs to this call.
+
+    Raises:
+        ValueError: a sequence of another length; a value that is negative or not finite.
+    """
+    if callable(schedule):
+        found = [float(schedule(start + i)) for i in range(steps)]
+    elif isinstance(schedule, Real):
+        found = [float(schedule)] * steps
+    else:
+        found = [float(v) for v in schedule]
+        if len(found) != steps:
+            raise ValueError(f"`{name}` must have one value per step, got {len(found)} for {steps} steps")
+    for i, v in enumerate(found):
+        if not math.isfinite(v) or v < 0:
+            raise ValueError(f"`{name}` must be finite and not negative, got {v} at step {start + i}")
+    return found

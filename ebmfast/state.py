@@ -1,0 +1,178 @@
+"""What a call of a sampler hands back: results, reports, traces, and states that resume."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+FORMAT = "ebmfast-state-1"
+
+
+class Fault(NamedTuple):
+    """A chain whose energy or state stopped being finite: its id, the step, the leaf to blame (or None)."""
+
+    chain: int
+    step: int
+    leaf: str | None
+
+
+class NonFiniteError(ArithmeticError):
+    """Chains became non-finite. `faults` lists them; `chains`, `step` and `leaf` are those of the first."""
+
+    def __init__(self, faults: list[Fault], what: str):
+        self.faults = faults
+        self.chains = [f.chain for f in faults]
+        self.step, self.leaf = faults[0].step, faults[0].leaf
+        shown = ", ".join(map(str, self.chains[:8])) + (", ..." if len(faults) > 8 else "")
+        blame = f"the concept {self.leaf}" if self.leaf else "no single concept (the step may be too large)"
+        super().__init__(
+            f"non-finite {what} in {len(faults)} chain(s) [{shown}], first at step {self.step}, from {blame}."
+            ' Take smaller steps or clip gradients, or pass on_nonfinite="freeze" or "restart"')
+
+
+class Interrupted(KeyboardInterrupt):
+    """Sampling was interrupted; `state` holds every chain where it stood. Pass it as `resume=`."""
+
+    def __init__(self, state: SampleState):
+        self.state = state
+        done = int((state.step >= state.target).sum())
+        super().__init__(
+            f"interrupted with {done} of {len(state.step)} chains finished; to go on: save error.state with"
+            " .save(path), and call sample(..., resume=error.state) with the same arguments")
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What to keep while chains run: every `every` steps, the energy per chain, and the states if asked.
+
+    Each kept step costs one forward pass; states cost memory.
+    """
+
+    every: int = 1
+    energy: bool = True
+    states: bool = False
+
+    def __post_init__(self):
+        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
+            raise ValueError(f"`every` must be a positive number of steps, got {self.every!r}")
+
+
+@dataclass
+class TraceResult:
+    """`steps` `[T]` (counted from the chain's first), `energy` `[T, n]` and `x` `[T, n, *S]`, or None."""
+
+    steps: torch.Tensor
+    energy: torch.Tensor | None
+    x: torch.Tensor | None
+
+
+@dataclass
+class SampleState:
+    """Everything that a later call needs to continue these chains bit for bit.
+
+    x `[n, *S]`; step `[n]`, the step each chain takes next; faults `[n]`, 0 where a chain runs; the seed and
+    the first chain's id, which fix the noise; `base` and `target`, first and last step of the call it is from.
+    """
+
+    x: torch.Tensor
+    step: torch.Tensor
+    faults: torch.Tensor
+    seed: int
+    first_chain: int = 0
+    base: int = 0
+    target: int = 0
+    conditions: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def finished(self) -> bool:
+        """Whether every chain reached `target`."""
+        return bool((self.step >= self.target).all())
+
+    def save(self, path) -> None:
+        """Write the state as safetensors, to a temporary file first, then in place of `path`."""
+        path = Path(path)
+        tensors = {"x": self.x, "step": self.step, "faults": self.faults}
+        tensors |= {f"conditions.{name}": rows for name, rows in self.conditions.items()}
+        numbers = {k: getattr(self, k) for k in ("seed", "first_chain", "base", "target")}
+        metadata = {"format": FORMAT, "state": json.dumps(numbers)}
+        partial = path.with_name(path.name + ".tmp")
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial, metadata)
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path, device="cpu") -> SampleState:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is not a saved state.
+        """
+        try:
+            with safe_open(str(path), "pt", device=str(device)) as file:
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a saved state: {error}") from None
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"{path} is not a saved state: its format is {metadata.get('format')!r}, not {FORMAT!r}")
+        prefix = "conditions."
+        conditions = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        return cls(tensors["x"], tensors["step"], tensors["faults"], conditions=conditions,
+                   **json.loads(metadata["state"]))
+
+
+@dataclass
+class Report:
+    """What ran. `str(report)` is a line for people; the fields are for manifests."""
+
+    expression: str
+    sampler: str
+    backend: str
+    backend_info: Mapping[str, object]
+    device: str
+    dtype: str
+    compute_dtype: str
+    seed: int
+    first_chain: int
+    chains: int
+    steps: int
+    micro_batch: int
+    seconds: float
+    step_scale: str
+    effective_temperature: tuple[float, float]
+    versions: Mapping[str, str]
+    captured: bool = False
+    faults: list[Fault] = field(default_factory=list)
+
+    @property
+    def steps_per_second(self) -> float:
+        """Steps of all chains together, per second."""
+        return self.chains * self.steps / self.seconds if self.seconds > 0 else 0.0
+
+    def __str__(self):
+        low, high = self.effective_temperature
+        heat = f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
+        faults = f", {len(self.faults)} non-finite" if self.faults else ""
+        return (f"{self.chains} chains x {self.steps} steps on {self.backend} ({self.device}) in {self.seconds:.2f} s,"
+                f" {self.steps_per_second:,.0f} chain steps/s, micro-batch {self.micro_batch}, seed {self.seed},"
+                f" effective temperature {heat}{faults}")
+
+
+@dataclass
+class Result:
+    """x `[n, *S]`; energy `[n]` and leaf_energies `[n, K]` (None with energies=False); what ran, and how to go on."""
+
+    x: torch.Tensor
+    energy: torch.Tensor | None
+    leaf_energies: torch.Tensor | None
+    trace: TraceResult | None
+    state: SampleState
+    report: Report
+    acceptance: torch.Tensor | None = None

@@ -1,0 +1,109 @@
+import pytest
+import torch
+
+from ebmfast.models import NoiseConditionalEnergy
+
+HOMOGRAPHY = (0.7, 0.0, 0.0, 0.0, -0.5, 0.0, 0.0, 0.1, 1.0)
+
+
+def small(condition_dim=2, **options):
+    torch.manual_seed(0)
+    model = NoiseConditionalEnergy(condition_dim, widths=(8, 12, 16), embedding=16, heads=4, **options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def inputs(batch=5, condition_dim=2):
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(batch, 3, 32, 32, generator=g)
+    return x, torch.rand(batch, condition_dim, generator=g), 0.1 + torch.rand(batch, generator=g)
+
+
+def score(model, x, *rest):
+    x = x.clone().requires_grad_(True)
+    return torch.autograd.grad(model(x, *rest).sum(), x)[0]
+
+
+@pytest.mark.parametrize("options", [{}, {"homography": HOMOGRAPHY}, {"harmonics": 2}])
+def test_rows_do_not_see_each_other(options):
+    model = small(**options)
+    x, c, sigma = inputs()
+    together, alone = model(x, c, sigma), [model(x[i:i + 1], c[i:i + 1], sigma[i:i + 1]) for i in range(5)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=2e-5, atol=1e-3)
+
+
+def test_the_gradient_is_that_of_the_energy():
+    model = small(homography=HOMOGRAPHY).double()
+    x, c, sigma = (t.double() for t in inputs(2))
+    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    h = 1e-5
+    slope = (model(x + h * direction, c, sigma) - model(x - h * direction, c, sigma)) / (2 * h)
+    expected = (score(model, x, c, sigma) * direction).sum(dim=(1, 2, 3))
+    torch.testing.assert_close(slope, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_without_network_the_energy_is_gaussian():
+    model = small(mean=0.3, std=0.2)
+    for part in (*model.left, model.linear):
+        torch.nn.init.zeros_(part.weight)
+        if part.bias is not None:
+            torch.nn.init.zeros_(part.bias)
+    x, c, sigma = inputs()
+    variance = (sigma**2 + 0.2**2)[:, None, None, None]
+    torch.testing.assert_close(model(x, c, sigma), ((x - 0.3) ** 2 / (2 * variance)).sum(dim=(1, 2, 3)))
+
+
+@pytest.mark.parametrize("options", [{}, {"homography": HOMOGRAPHY}])
+def test_rows_that_are_not_kept_ignore_their_condition(options):
+    model = small(**options)
+    x, c, sigma = inputs()
+    keep = torch.tensor([1.0, 0.0, 1.0, 0.0, 0.0])
+    mixed, kept, free = model(x, c, sigma, keep), model(x, c, sigma), model(x, None, sigma)
+    torch.testing.assert_close(mixed, torch.where(keep > 0, kept, free), rtol=2e-5, atol=1e-3)
+    assert ((kept - free).abs() > 1e-3).all()
+
+
+def test_bumps_follow_the_condition():
+    model = small(homography=(1.0, 0, 0, 0, 1.0, 0, 0, 0, 1.0))
+    x, _, _ = inputs(1)
+    for place in ([-0.5, 0.5], [0.5, -0.25]):
+        maps = model._maps(x, torch.tensor([place]), torch.ones(1))
+        narrow = maps[0, 2]
+        row, column = divmod(int(narrow.argmax()), 16)
+        assert abs((column + 0.5) / 8 - 1 - place[0]) <= 1 / 16 + 1e-6
+        assert abs((row + 0.5) / 8 - 1 - place[1]) <= 1 / 16 + 1e-6
+
+
+def test_score_can_be_trained_through():
+    model = small()
+    x, c, sigma = inputs()
+    x.requires_grad_(True)
+    (gradient,) = torch.autograd.grad(model(x, c, sigma).sum(), x, create_graph=True)
+    gradient.square().mean().backward()
+    for name, parameter in model.named_parameters():
+        if name != "no_condition" and not name.endswith(("linear.bias",)) and parameter.grad is not None:
+            assert torch.isfinite(parameter.grad).all(), name
+    assert model.blocks[0][0].conv1.weight.grad.abs().sum() > 0
+
+
+def test_memory_format_does_not_change_the_energy():
+    model = small()
+    x, c, sigma = inputs()
+    plain = model(x, c, sigma)
+    fast = model.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last), c, sigma)
+    torch.testing.assert_close(plain, fast, rtol=2e-5, atol=1e-3)
+
+
+def test_sigma_may_be_one_number_and_defaults_to_the_lowest():
+    model = small()
+    x, c, _ = inputs()
+    torch.testing.assert_close(model(x, c, torch.tensor(0.06)), model(x, c))
+    torch.testing.assert_close(model(x, c, torch.full((5,), 0.06)), model(x, c))
+
+
+def test_a_condition_of_the_wrong_width_raises():
+    x, c, sigma = inputs(condition_dim=3)
+    with pytest.raises(ValueError, match=r"`condition` must be \[5, 2\], got \[5, 3\]"):
+        small()(x, c, sigma)

@@ -1,0 +1,152 @@
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from ebmfast import evaluation, zoo
+
+FIELDS = {
+    "name", "kind", "architecture", "condition_dim", "labels", "ranges", "data_range", "shape", "sigma", "prior",
+    "negation_alpha", "schedule", "data", "recipe", "command", "seed", "iterations", "minutes", "scores", "sha256",
+}
+CONCEPTS = ["color", "position", "shape", "size"]
+FOLDER = Path(zoo.__file__).parent
+
+
+def condition(card, which=0):
+    if card["labels"]:
+        return torch.tensor([list(card["labels"].values())[which]])
+    return torch.tensor([[low + (high - low) * (0.25 + 0.5 * which) for low, high in card["ranges"]]])
+
+
+def picture(batch=1):
+    g = torch.Generator().manual_seed(0)
+    return (0.27 + 0.2 * torch.randn(batch, 3, 32, 32, generator=g)).clamp(-1, 1)
+
+
+def test_the_zoo_holds_every_concept_and_stays_small():
+    assert zoo.names() == CONCEPTS
+    assert zoo.names("judge") == ["judge"]
+    assert sum(p.stat().st_size for p in FOLDER.glob("*.safetensors")) < 12_000_000
+
+
+@pytest.mark.parametrize("name", CONCEPTS)
+def test_cards_are_complete(name):
+    card = zoo.card(name)
+    assert FIELDS <= set(card) and card["name"] == name
+    assert bool(card["labels"]) != bool(card["ranges"])
+    assert all(len(v) == card["condition_dim"] for v in card["labels"].values())
+    assert not card["ranges"] or len(card["ranges"]) == card["condition_dim"]
+    assert card["data_range"] == [-1, 1] and card["shape"] == [3, 32, 32]
+    assert card["command"].startswith(f"ebmfast train {name} ")
+    assert card["minutes"] > 0 and card["scores"]
+    low, high = card["sigma"]
+    assert low <= card["schedule"]["sigma_min"] < card["schedule"]["sigma_max"] <= high
+    assert 0 < card["negation_alpha"] <= 1
+
+
+@pytest.mark.parametrize("name", CONCEPTS)
+@pytest.mark.parametrize("level", [0.06, 0.5, 4.0])
+def test_energies_are_finite_and_depend_on_the_condition(name, level):
+    model, card = zoo.load(name), zoo.card(name)
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    x, sigma = picture().requires_grad_(True), torch.tensor([level])
+    scores = []
+    for c in (condition(card, 0), condition(card, 1), None):
+        energy = model(x, c, sigma)
+        assert energy.shape == (1,) and torch.isfinite(energy).all()
+        scores.append(torch.autograd.grad(energy.sum(), x)[0])
+    assert all(torch.isfinite(s).all() for s in scores)
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert (scores[a] - scores[b]).abs().max() > 1e-4 * scores[a].abs().max()
+
+
+@pytest.mark.parametrize("name", CONCEPTS)
+def test_a_denoised_picture_is_closer_to_the_clean_one(name):
+    """Tweedie's formula with the trained score halves the error, at least, on something like an empty floor."""
+    model, level = zoo.load(name), 0.5
+    clean = torch.full((4, 3, 32, 32), 0.3)
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(1))
+    x = (clean + level * noise).requires_grad_(True)
+    (gradient,) = torch.autograd.grad(model(x, None, torch.full((4,), level)).sum(), x)
+    error = (x - level**2 * gradient - clean).square().mean().sqrt()
+    assert error < 0.5 * level
+
+
+def test_weights_are_loaded_once():
+    assert zoo.load("color") is zoo.load("color")
+
+
+def test_an_unknown_name_raises():
+    for name in ("smile", "../zoo/color"):
+        with pytest.raises(ValueError, match="no model named .* there are color, judge, position, shape, size"):
+            zoo.card(name)
+
+
+def test_changed_weights_are_refused(tmp_path):
+    for suffix in (".json", ".safetensors"):
+        shutil.copy(FOLDER / f"color{suffix}", tmp_path)
+    weights = tmp_path / "color.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(ValueError, match="hashes to .* its card says"):
+        zoo.load_from(tmp_path, "color")
+
+
+def test_a_card_cannot_name_a_class_from_elsewhere(tmp_path):
+    shutil.copy(FOLDER / "color.safetensors", tmp_path)
+    card = zoo.card("color")
+    card["architecture"]["class"] = "subprocess.Popen"
+    (tmp_path / "color.json").write_text(json.dumps(card))
+    with pytest.raises(ValueError, match="not part of ebmfast"):
+        zoo.load_from(tmp_path, "color")
+
+
+def test_families_take_their_facts_from_the_cards():
+    families = zoo.concepts()
+    assert sorted(families) == CONCEPTS
+    red = families["color"]("red")
+    x = picture()
+    expected = zoo.load("color")(x, torch.tensor([zoo.card("color")["labels"]["red"]]), torch.tensor([0.3]))
+    torch.testing.assert_close(red.energy(x, sigma=0.3), expected, rtol=1e-4, atol=1e-2)
+    sampler = zoo.sampler(levels=5)
+    assert len(sampler.sigmas) == 5 and math.isclose(sampler.sigmas[-1], zoo.card("color")["schedule"]["sigma_min"])
+
+
+def test_every_task_builds_a_grounded_expression():
+    families = zoo.concepts()
+    for name, task in evaluation.TASKS.items():
+        settings = evaluation.CHOSEN.get(name, evaluation.Settings())
+        expr = evaluation.expression(task, settings, families)
+        expr.check_grounded([4.0, 0.06])
+        assert set(expr.slots) == {slot for _, slot, _ in task.terms}
+
+
+def test_conditions_are_seeded_and_positions_apart():
+    rows, again = evaluation.draw_conditions(300, 1), evaluation.draw_conditions(300, 1)
+    assert all(torch.equal(rows[k], again[k]) for k in rows)
+    assert not torch.equal(rows["p"], evaluation.draw_conditions(300, 2)["p"])
+    assert not evaluation.near(rows["p"], rows["q"], 0.8).any()
+    assert len(torch.unique(rows["p"], dim=0)) >= 100
+
+
+def test_tally_counts_what_it_should():
+    seen = {"present": torch.tensor([True, True, False, True]), "position": torch.zeros(4, 2),
+            "size": torch.full((4,), 0.5), "shape": torch.zeros(4, dtype=torch.long),
+            "color": torch.tensor([0, 1, 0, 0])}
+    rows = {"p": torch.tensor([[0.0, 0.0], [0.3, -0.4], [0.0, 0.0], [0.0, 0.41]]), "q": torch.ones(4, 2),
+            "c": torch.eye(6)[[0, 0, 0, 0]], "f": torch.eye(3)[[0, 1, 0, 0]], "s": torch.full((4, 1), 0.55)}
+    both = evaluation.tally(evaluation.TASKS["position AND color"], seen, rows)
+    assert both == {"position": 0.5, "color": 0.5, "all": 0.25, "present": 0.75}
+    either = evaluation.tally(evaluation.TASKS["position1 OR position2"], seen, rows)
+    assert either["either"] == 0.5 and either["position2"] == 0.0
+    assert evaluation.marks(seen, rows)["size"].tolist() == [True, True, False, True]
+
+
+def test_the_judge_reads_an_empty_floor():
+    floor = 0.25 + torch.linspace(0, 0.1, 32)[None, None, :, None].expand(2, 3, 32, 32)
+    assert not zoo.load("judge").read(floor)["present"].any()
