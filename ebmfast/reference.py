@@ -50,7 +50,7 @@ def langevin_step(
     gradients = [g.reshape(batch, size) for g in gradients]
     moves = torch.ones_like(flat, dtype=torch.bool)
     if frozen_mask is not None:
-        moves &= ~frozen_mask.reshape(-1, size)
+        moves &= ~frozen_mask.expand_as(x).reshape(batch, size)
     if faults is not None:
         moves &= (faults == 0)[:, None]
 
@@ -105,7 +105,7 @@ def clip_scale(g: torch.Tensor, limit: float) -> torch.Tensor:
     total = squares.new_zeros(batch)
     for block in lanes[:, :, 0].unbind(1):
         total = total + block
-    norm = total.sqrt()
+    norm = total.new_tensor([math.sqrt(t) for t in total.tolist()])  # math.sqrt is correctly rounded, torch's is not
     scale = torch.where(norm > limit, limit / norm, 1.0)
     return torch.where(torch.isfinite(norm), scale, math.nan).to(g.dtype)
 

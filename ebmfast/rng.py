@@ -95,7 +95,8 @@ def box_muller(w0: torch.Tensor, w1: torch.Tensor) -> tuple[torch.Tensor, torch.
     bits = (w0.to(torch.float32) * 2.0**-32 + 2.0**-33).view(torch.int32) - _SQRT_HALF_BITS
     exponent = (bits >> 23).to(torch.float32)
     f = ((bits & 0x7FFFFF) + _SQRT_HALF_BITS).view(torch.float32) - 1.0
-    radius = torch.sqrt(exponent * _LOG_C + f * _horner(_LOG_Q, f))
+    # torch's float32 sqrt on the CPU (MKL) is not correctly rounded; through float64 it is, on every device.
+    radius = (exponent * _LOG_C + f * _horner(_LOG_Q, f)).double().sqrt().float()
     x = (((w1 & 0x3FFFFFFF) ^ 0x20000000) - 0x20000000 << 2).to(torch.int32).to(torch.float32) * _ANGLE
     y = x * x
     sin = x * (y * _horner(_SIN, y)) + x

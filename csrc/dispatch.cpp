@@ -1,0 +1,85 @@
+#include "dispatch.h"
+
+#include <atomic>
+#include <stdexcept>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace ebmfast {
+
+extern const Kernels kernels_baseline;
+#if defined(__x86_64__)
+extern const Kernels kernels_v3, kernels_v4;
+#endif
+
+namespace {
+
+#if defined(__x86_64__)
+constexpr bool has(unsigned word, std::initializer_list<int> bits) {
+    for (int bit : bits) {
+        if ((word >> bit & 1) == 0) return false;
+    }
+    return true;
+}
+
+// The x86-64 psABI level, 3 and 4 only if the operating system saves the registers.
+int psabi_level() {
+    unsigned eax, ebx, ecx, edx, ebx7, ecx_ext, ignored;
+    if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || !has(ecx, {0, 9, 12, 13, 19, 20, 22, 23, 27, 28, 29})) return 1;
+    if (!__get_cpuid_count(7, 0, &eax, &ebx7, &ignored, &edx) || !has(ebx7, {3, 5, 8})) return 1;
+    if (!__get_cpuid(0x80000001, &eax, &ebx, &ecx_ext, &edx) || !has(ecx_ext, {5})) return 1;
+    unsigned xcr0, high;
+    __asm__("xgetbv" : "=a"(xcr0), "=d"(high) : "c"(0));
+    if ((xcr0 & 0x6) != 0x6) return 1;
+    return has(ebx7, {16, 17, 28, 30, 31}) && (xcr0 & 0xe6) == 0xe6 ? 4 : 3;
+}
+#endif
+
+std::atomic<const Kernels*> chosen{nullptr};
+
+const Kernels* highest() {
+    const Kernels* best = nullptr;
+    for (const Level& level : levels()) {
+        if (level.supported) best = level.kernels;
+    }
+    return best;
+}
+
+}  // namespace
+
+const std::vector<Level>& levels() {
+#if defined(__x86_64__)
+    static const int cpu = psabi_level();
+    static const std::vector<Level> table = {{&kernels_baseline, true}, {&kernels_v3, cpu >= 3}, {&kernels_v4, cpu >= 4}};
+#else
+    static const std::vector<Level> table = {{&kernels_baseline, true}};
+#endif
+    return table;
+}
+
+const Kernels& kernels() {
+    const Kernels* k = chosen.load(std::memory_order_relaxed);
+    if (k == nullptr) chosen.store(k = highest(), std::memory_order_relaxed);
+    return *k;
+}
+
+void set_level(const std::string& name) {
+    if (name.empty()) {
+        chosen.store(highest());
+        return;
+    }
+    std::string known;
+    for (const Level& level : levels()) {
+        if (name == level.kernels->name) {
+            if (!level.supported) throw std::invalid_argument("this CPU cannot run instruction set '" + name + "'");
+            chosen.store(level.kernels);
+            return;
+        }
+        known += std::string(known.empty() ? "" : ", ") + level.kernels->name;
+    }
+    throw std::invalid_argument("unknown instruction set '" + name + "'; known: " + known);
+}
+
+}  // namespace ebmfast

@@ -1,0 +1,20 @@
+// One table of kernels per instruction-set level, chosen at run time.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace ebmfast {
+
+struct Level {
+    const Kernels* kernels;
+    bool supported;  // by this CPU and operating system
+};
+
+const std::vector<Level>& levels();  // in ascending order; the first runs everywhere
+const Kernels& kernels();            // the level in use: the highest supported one, unless set_level chose another
+void set_level(const std::string& name);  // "" for the highest; throws std::invalid_argument naming the levels
+
+}  // namespace ebmfast

@@ -1,0 +1,220 @@
+// Lane types for philox.h and kernels.inc: the only code that differs between instruction sets.
+//
+// Lane order of blocks. A register holds one word of `width` Philox blocks (4 elements each). Block number V j + b, with V =
+// width / 4 the number of 128-bit parts, sits in lane 4 b + j, so that a transposition inside each part leaves elements in order.
+#pragma once
+
+#include "philox.h"
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+namespace ebmfast {
+namespace {
+
+#if defined(__AVX512F__) && defined(__AVX512DQ__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+
+struct VectorLane {
+    static constexpr int width = 16;
+    using F = __m512;
+    using I = __m512i;
+    struct Wide {
+        __m512i even, odd;
+    };
+    using M = __mmask16;
+
+    static EBMFAST_HD F set(float v) { return _mm512_set1_ps(v); }
+    static EBMFAST_HD I set_int(uint32_t v) { return _mm512_set1_epi32(int(v)); }
+    static EBMFAST_HD F load(const float* p) { return _mm512_loadu_ps(p); }
+    static EBMFAST_HD I load_int(const uint32_t* p) { return _mm512_loadu_si512(p); }
+    static EBMFAST_HD F load_bf16(const uint16_t* p) {
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+    }
+    static EBMFAST_HD void store(float* p, F v) { _mm512_storeu_ps(p, v); }
+    static EBMFAST_HD void store_blocks(float* p, F a, F b, F c, F d) {
+        const __m512d ab0 = _mm512_castps_pd(_mm512_unpacklo_ps(a, b)), ab1 = _mm512_castps_pd(_mm512_unpackhi_ps(a, b));
+        const __m512d cd0 = _mm512_castps_pd(_mm512_unpacklo_ps(c, d)), cd1 = _mm512_castps_pd(_mm512_unpackhi_ps(c, d));
+        store(p, _mm512_castpd_ps(_mm512_unpacklo_pd(ab0, cd0)));
+        store(p + 16, _mm512_castpd_ps(_mm512_unpackhi_pd(ab0, cd0)));
+        store(p + 32, _mm512_castpd_ps(_mm512_unpacklo_pd(ab1, cd1)));
+        store(p + 48, _mm512_castpd_ps(_mm512_unpackhi_pd(ab1, cd1)));
+    }
+    static EBMFAST_HD I block_order() { return _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15); }
+
+    static EBMFAST_HD I add(I a, I b) { return _mm512_add_epi32(a, b); }
+    static EBMFAST_HD I sub(I a, I b) { return _mm512_sub_epi32(a, b); }
+    static EBMFAST_HD I bit_and(I a, I b) { return _mm512_and_si512(a, b); }
+    static EBMFAST_HD I bit_xor(I a, I b) { return _mm512_xor_si512(a, b); }
+    template <int n> static EBMFAST_HD I shl(I a) { return _mm512_slli_epi32(a, n); }
+    template <int n> static EBMFAST_HD I sar(I a) { return _mm512_srai_epi32(a, n); }
+
+    static EBMFAST_HD Wide widen(I a) { return {a, _mm512_srli_epi64(a, 32)}; }
+    static EBMFAST_HD I narrow(Wide a) { return _mm512_mask_blend_epi32(0xAAAA, a.even, _mm512_slli_epi64(a.odd, 32)); }
+    static EBMFAST_HD Wide set_wide(uint32_t v) { return {_mm512_set1_epi64(v), _mm512_set1_epi64(v)}; }
+    static EBMFAST_HD Wide mul_wide(Wide a, uint32_t m) {
+        return {_mm512_mul_epu32(a.even, _mm512_set1_epi64(m)), _mm512_mul_epu32(a.odd, _mm512_set1_epi64(m))};
+    }
+    static EBMFAST_HD Wide high(Wide a) { return {_mm512_srli_epi64(a.even, 32), _mm512_srli_epi64(a.odd, 32)}; }
+    static EBMFAST_HD Wide xor_wide(Wide a, Wide b) { return {_mm512_xor_si512(a.even, b.even), _mm512_xor_si512(a.odd, b.odd)}; }
+
+    static EBMFAST_HD I as_int(F a) { return _mm512_castps_si512(a); }
+    static EBMFAST_HD F as_float(I a) { return _mm512_castsi512_ps(a); }
+    static EBMFAST_HD F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+    static EBMFAST_HD F add(F a, F b) { return _mm512_add_ps(a, b); }
+    static EBMFAST_HD F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+    static EBMFAST_HD F sqrt(F a) { return _mm512_sqrt_ps(a); }
+    static EBMFAST_HD F from_int(I a) { return _mm512_cvtepi32_ps(a); }
+    static EBMFAST_HD F unit(I a) { return _mm512_mul_ps(_mm512_cvtepu32_ps(a), set(0x1p-32f)); }
+    static EBMFAST_HD F at_least(F lo, F t) { return _mm512_max_ps(lo, t); }
+    static EBMFAST_HD F at_most(F hi, F t) { return _mm512_min_ps(hi, t); }
+    static EBMFAST_HD M finite(F a) { return _mm512_cmp_ps_mask(_mm512_abs_ps(a), set(__builtin_inff()), _CMP_LT_OQ); }
+    static EBMFAST_HD M sign(I a) { return _mm512_movepi32_mask(a); }
+    static EBMFAST_HD F select(M m, F a, F b) { return _mm512_mask_blend_ps(m, b, a); }
+    static EBMFAST_HD uint32_t bits(M m) { return m; }
+};
+
+#elif defined(__AVX2__)
+
+struct VectorLane {
+    static constexpr int width = 8;
+    using F = __m256;
+    using I = __m256i;
+    struct Wide {
+        __m256i even, odd;
+    };
+    using M = __m256;
+
+    static EBMFAST_HD F set(float v) { return _mm256_set1_ps(v); }
+    static EBMFAST_HD I set_int(uint32_t v) { return _mm256_set1_epi32(int(v)); }
+    static EBMFAST_HD F load(const float* p) { return _mm256_loadu_ps(p); }
+    static EBMFAST_HD I load_int(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+    static EBMFAST_HD F load_bf16(const uint16_t* p) {
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
+    }
+    static EBMFAST_HD void store(float* p, F v) { _mm256_storeu_ps(p, v); }
+    static EBMFAST_HD void store_blocks(float* p, F a, F b, F c, F d) {
+        const __m256d ab0 = _mm256_castps_pd(_mm256_unpacklo_ps(a, b)), ab1 = _mm256_castps_pd(_mm256_unpackhi_ps(a, b));
+        const __m256d cd0 = _mm256_castps_pd(_mm256_unpacklo_ps(c, d)), cd1 = _mm256_castps_pd(_mm256_unpackhi_ps(c, d));
+        store(p, _mm256_castpd_ps(_mm256_unpacklo_pd(ab0, cd0)));
+        store(p + 8, _mm256_castpd_ps(_mm256_unpackhi_pd(ab0, cd0)));
+        store(p + 16, _mm256_castpd_ps(_mm256_unpacklo_pd(ab1, cd1)));
+        store(p + 24, _mm256_castpd_ps(_mm256_unpackhi_pd(ab1, cd1)));
+    }
+    static EBMFAST_HD I block_order() { return _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7); }
+
+    static EBMFAST_HD I add(I a, I b) { return _mm256_add_epi32(a, b); }
+    static EBMFAST_HD I sub(I a, I b) { return _mm256_sub_epi32(a, b); }
+    static EBMFAST_HD I bit_and(I a, I b) { return _mm256_and_si256(a, b); }
+    static EBMFAST_HD I bit_xor(I a, I b) { return _mm256_xor_si256(a, b); }
+    template <int n> static EBMFAST_HD I shl(I a) { return _mm256_slli_epi32(a, n); }
+    template <int n> static EBMFAST_HD I sar(I a) { return _mm256_srai_epi32(a, n); }
+
+    static EBMFAST_HD Wide widen(I a) { return {a, _mm256_srli_epi64(a, 32)}; }
+    static EBMFAST_HD I narrow(Wide a) { return _mm256_blend_epi32(a.even, _mm256_slli_epi64(a.odd, 32), 0xAA); }
+    static EBMFAST_HD Wide set_wide(uint32_t v) { return {_mm256_set1_epi64x(v), _mm256_set1_epi64x(v)}; }
+    static EBMFAST_HD Wide mul_wide(Wide a, uint32_t m) {
+        return {_mm256_mul_epu32(a.even, _mm256_set1_epi64x(m)), _mm256_mul_epu32(a.odd, _mm256_set1_epi64x(m))};
+    }
+    static EBMFAST_HD Wide high(Wide a) { return {_mm256_srli_epi64(a.even, 32), _mm256_srli_epi64(a.odd, 32)}; }
+    static EBMFAST_HD Wide xor_wide(Wide a, Wide b) { return {_mm256_xor_si256(a.even, b.even), _mm256_xor_si256(a.odd, b.odd)}; }
+
+    static EBMFAST_HD I as_int(F a) { return _mm256_castps_si256(a); }
+    static EBMFAST_HD F as_float(I a) { return _mm256_castsi256_ps(a); }
+    static EBMFAST_HD F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+    static EBMFAST_HD F add(F a, F b) { return _mm256_add_ps(a, b); }
+    static EBMFAST_HD F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+    static EBMFAST_HD F sqrt(F a) { return _mm256_sqrt_ps(a); }
+    static EBMFAST_HD F from_int(I a) { return _mm256_cvtepi32_ps(a); }
+    // float(a) 2^-32 from its 16-bit halves, both exact as 2^7 + hi 2^-16 and 2^-9 + lo 2^-32, with one rounding in the last sum.
+    static EBMFAST_HD F unit(I a) {
+        const I high = _mm256_or_si256(_mm256_srli_epi32(a, 16), set_int(0x43000000u));
+        const I low = _mm256_blend_epi16(a, set_int(0x3B000000u), 0xAA);
+        return add(sub(as_float(high), set(0x1p7f + 0x1p-9f)), as_float(low));
+    }
+    static EBMFAST_HD F at_least(F lo, F t) { return _mm256_max_ps(lo, t); }
+    static EBMFAST_HD F at_most(F hi, F t) { return _mm256_min_ps(hi, t); }
+    static EBMFAST_HD M finite(F a) {
+        return _mm256_cmp_ps(_mm256_andnot_ps(set(-0.0f), a), set(__builtin_inff()), _CMP_LT_OQ);
+    }
+    static EBMFAST_HD M sign(I a) { return as_float(a); }
+    static EBMFAST_HD F select(M m, F a, F b) { return _mm256_blendv_ps(b, a, m); }
+    static EBMFAST_HD uint32_t bits(M m) { return uint32_t(_mm256_movemask_ps(m)); }
+};
+
+#elif defined(__SSE2__)
+
+struct VectorLane {
+    static constexpr int width = 4;
+    using F = __m128;
+    using I = __m128i;
+    struct Wide {
+        __m128i even, odd;
+    };
+    using M = __m128;
+
+    static EBMFAST_HD F set(float v) { return _mm_set1_ps(v); }
+    static EBMFAST_HD I set_int(uint32_t v) { return _mm_set1_epi32(int(v)); }
+    static EBMFAST_HD F load(const float* p) { return _mm_loadu_ps(p); }
+    static EBMFAST_HD I load_int(const uint32_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+    static EBMFAST_HD F load_bf16(const uint16_t* p) {
+        return as_float(_mm_unpacklo_epi16(_mm_setzero_si128(), _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+    }
+    static EBMFAST_HD void store(float* p, F v) { _mm_storeu_ps(p, v); }
+    static EBMFAST_HD void store_blocks(float* p, F a, F b, F c, F d) {
+        const __m128 ab0 = _mm_unpacklo_ps(a, b), ab1 = _mm_unpackhi_ps(a, b);
+        const __m128 cd0 = _mm_unpacklo_ps(c, d), cd1 = _mm_unpackhi_ps(c, d);
+        store(p, _mm_movelh_ps(ab0, cd0));
+        store(p + 4, _mm_movehl_ps(cd0, ab0));
+        store(p + 8, _mm_movelh_ps(ab1, cd1));
+        store(p + 12, _mm_movehl_ps(cd1, ab1));
+    }
+    static EBMFAST_HD I block_order() { return _mm_setr_epi32(0, 1, 2, 3); }
+
+    static EBMFAST_HD I add(I a, I b) { return _mm_add_epi32(a, b); }
+    static EBMFAST_HD I sub(I a, I b) { return _mm_sub_epi32(a, b); }
+    static EBMFAST_HD I bit_and(I a, I b) { return _mm_and_si128(a, b); }
+    static EBMFAST_HD I bit_xor(I a, I b) { return _mm_xor_si128(a, b); }
+    template <int n> static EBMFAST_HD I shl(I a) { return _mm_slli_epi32(a, n); }
+    template <int n> static EBMFAST_HD I sar(I a) { return _mm_srai_epi32(a, n); }
+
+    static EBMFAST_HD Wide widen(I a) { return {a, _mm_srli_epi64(a, 32)}; }
+    static EBMFAST_HD I narrow(Wide a) {
+        return _mm_or_si128(_mm_and_si128(a.even, _mm_set1_epi64x(0xFFFFFFFF)), _mm_slli_epi64(a.odd, 32));
+    }
+    static EBMFAST_HD Wide set_wide(uint32_t v) { return {_mm_set1_epi64x(v), _mm_set1_epi64x(v)}; }
+    static EBMFAST_HD Wide mul_wide(Wide a, uint32_t m) {
+        return {_mm_mul_epu32(a.even, _mm_set1_epi64x(m)), _mm_mul_epu32(a.odd, _mm_set1_epi64x(m))};
+    }
+    static EBMFAST_HD Wide high(Wide a) { return {_mm_srli_epi64(a.even, 32), _mm_srli_epi64(a.odd, 32)}; }
+    static EBMFAST_HD Wide xor_wide(Wide a, Wide b) { return {_mm_xor_si128(a.even, b.even), _mm_xor_si128(a.odd, b.odd)}; }
+
+    static EBMFAST_HD I as_int(F a) { return _mm_castps_si128(a); }
+    static EBMFAST_HD F as_float(I a) { return _mm_castsi128_ps(a); }
+    static EBMFAST_HD F mul(F a, F b) { return _mm_mul_ps(a, b); }
+    static EBMFAST_HD F add(F a, F b) { return _mm_add_ps(a, b); }
+    static EBMFAST_HD F sub(F a, F b) { return _mm_sub_ps(a, b); }
+    static EBMFAST_HD F sqrt(F a) { return _mm_sqrt_ps(a); }
+    static EBMFAST_HD F from_int(I a) { return _mm_cvtepi32_ps(a); }
+    // As for AVX2: exact halves, one rounding.
+    static EBMFAST_HD F unit(I a) {
+        const I high = _mm_or_si128(_mm_srli_epi32(a, 16), set_int(0x43000000u));
+        const I low = _mm_or_si128(_mm_and_si128(a, set_int(0xFFFFu)), set_int(0x3B000000u));
+        return add(sub(as_float(high), set(0x1p7f + 0x1p-9f)), as_float(low));
+    }
+    static EBMFAST_HD F at_least(F lo, F t) { return _mm_max_ps(lo, t); }
+    static EBMFAST_HD F at_most(F hi, F t) { return _mm_min_ps(hi, t); }
+    static EBMFAST_HD M finite(F a) { return _mm_cmplt_ps(_mm_andnot_ps(set(-0.0f), a), set(__builtin_inff())); }
+    static EBMFAST_HD M sign(I a) { return as_float(_mm_srai_epi32(a, 31)); }
+    static EBMFAST_HD F select(M m, F a, F b) { return _mm_or_ps(_mm_and_ps(m, a), _mm_andnot_ps(m, b)); }
+    static EBMFAST_HD uint32_t bits(M m) { return uint32_t(_mm_movemask_ps(m)); }
+};
+
+#else
+
+using VectorLane = ScalarLane;
+
+#endif
+
+}  // namespace
+}  // namespace ebmfast

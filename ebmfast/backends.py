@@ -1,0 +1,265 @@
+"""Which implementations of the step exist here, and why not.
+
+====================  =======================================================  =======================================
+``reference``         plain torch (`ebmfast.reference`), any device            the specification; float64 too
+``cpu``               C++ (`csrc/`), for CPU tensors                           bit for bit the reference
+``triton``, ``cuda``  GPU kernels                                              see `available` for why not
+====================  =======================================================  =======================================
+
+Per step, with everything that does not change prepared once::
+
+    backend = resolve("auto", x.device)
+    plan = backend.prepare(x, n_gradients=K, weights_per_chain=False, seed=seed, clamp=(-1, 1), faults=faults)
+    for i in range(steps):
+        plan(gradients, weights, drift, noise, i)      # x changes in place
+
+`ebmfast.reference.langevin_step` states what a step computes and what each argument means.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ebmfast import _checks, reference, rng
+from ebmfast._native import core
+
+__all__ = ["NAMES", "Backend", "BackendUnavailableError", "available", "resolve"]
+
+Gradients = torch.Tensor | Sequence[torch.Tensor]
+# (gradients, weights, drift, noise, step) -> None
+Plan = Callable[[Gradients, torch.Tensor | None, float, float, int], None]
+
+
+class BackendUnavailableError(RuntimeError):
+    """A backend was asked for by name and cannot run here; says why and what to do."""
+
+
+class Backend(abc.ABC):
+    """One implementation of the noise and of the step."""
+
+    name: str
+    dtypes: tuple[torch.dtype, ...] = (torch.float32,)
+
+    @abc.abstractmethod
+    def _plan(
+        self, x: torch.Tensor, *, n_gradients: int, gradient_dtype: torch.dtype, weights_per_chain: bool, seed: int, first_chain: int,
+        stream: int, clamp: tuple[float, float] | None, grad_clip_value: float | None, grad_clip_norm: float | None,
+        frozen_mask: torch.Tensor | None, faults: torch.Tensor | None,
+    ) -> Plan: ...  # fmt: skip
+
+    @abc.abstractmethod
+    def _fill(
+        self, out: torch.Tensor, *, uniform: bool, seed: int, step: int, stream: int, first_chain: int, first_element: int
+    ) -> None: ...
+
+    @abc.abstractmethod
+    def unsuitable(self, device: torch.device) -> str | None:
+        """Why this backend cannot work on tensors of that device; None if it can."""
+
+    def info(self) -> dict[str, object]:
+        """What a report should name: the backend, and what of it decides the bits."""
+        return {"backend": self.name}
+
+    def prepare(
+        self, x: torch.Tensor, *, n_gradients: int, gradient_dtype: torch.dtype = torch.float32, weights_per_chain: bool = False,
+        seed: int, first_chain: int = 0, stream: int = rng.NOISE, clamp: tuple[float, float] | None = None,
+        grad_clip_value: float | None = None, grad_clip_norm: float | None = None, frozen_mask: torch.Tensor | None = None,
+        faults: torch.Tensor | None = None,
+    ) -> Plan:  # fmt: skip
+        """Checks and stores what stays the same from step to step; returns ``plan(gradients, weights, drift, noise, step)``.
+
+        The plan works in place on this very ``x`` (and ``faults``), which must keep their storage. Gradients come as one
+        contiguous ``[K, B, *S]`` or as K contiguous ``[B, *S]`` of ``gradient_dtype`` (float32 or bfloat16), anew each
+        step; weights as float32 ``[K]``, or ``[K, B]`` with ``weights_per_chain``. Not for two threads at a time.
+        Arguments and semantics: `ebmfast.reference.langevin_step`. Raises TypeError or ValueError.
+        """
+        _checks.check_state(x, self.dtypes, frozen_mask, faults)
+        reason = self.unsuitable(x.device)
+        _checks.check(reason is None, "x", f"a tensor that backend {self.name!r} can work on", f"{x.device} ({reason})")
+        _checks.check_noise_id(seed=seed, stream=stream, first_chain=first_chain, chains=x.shape[0])
+        allowed = (torch.float32, torch.bfloat16) if x.dtype == torch.float32 else (x.dtype,)
+        _checks.check(gradient_dtype in allowed, "gradient_dtype", f"one of {allowed}", gradient_dtype)
+        _checks.check(clamp is None or clamp[0] <= clamp[1], "clamp", "(low, high) with low <= high", clamp)
+        for name, limit in (("grad_clip_value", grad_clip_value), ("grad_clip_norm", grad_clip_norm)):
+            _checks.check(limit is None or 0 <= limit < math.inf, name, "None or a number >= 0", limit)
+        return self._plan(
+            x, n_gradients=n_gradients, gradient_dtype=gradient_dtype, weights_per_chain=weights_per_chain, seed=seed,
+            first_chain=first_chain, stream=stream, clamp=clamp, grad_clip_value=grad_clip_value, grad_clip_norm=grad_clip_norm,
+            frozen_mask=frozen_mask, faults=faults,
+        )  # fmt: skip
+
+    def step(
+        self, x: torch.Tensor, gradients: Gradients, weights: torch.Tensor | None, drift: float, noise: float, *, seed: int, step: int,
+        **options,
+    ) -> None:  # fmt: skip
+        """One step, in place: `prepare` and its plan in one. ``options`` are those of `prepare`."""
+        stacked = isinstance(gradients, torch.Tensor)
+        dtype = gradients.dtype if stacked else gradients[0].dtype if gradients else x.dtype
+        per_chain = weights is not None and weights.ndim == 2
+        plan = self.prepare(
+            x, n_gradients=len(gradients), gradient_dtype=dtype, weights_per_chain=per_chain, seed=seed, **options
+        )
+        plan(gradients, weights, drift, noise, step)
+
+    def normal(
+        self, shape: Sequence[int], chains: int, *, seed: int, step: int, stream: int = rng.NOISE, first_chain: int = 0,
+        first_element: int = 0, device: torch.device | str | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """Standard normals, float32 ``[chains, *shape]``: the bits of `ebmfast.rng.normal`."""
+        return self._filled(
+            shape, chains, device, uniform=False, seed=seed, step=step, stream=stream, first_chain=first_chain, first_element=first_element
+        )
+
+    def uniform(
+        self, shape: Sequence[int], chains: int, *, seed: int, step: int, stream: int = rng.NOISE, first_chain: int = 0,
+        first_element: int = 0, device: torch.device | str | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """Uniforms in (0, 1), float32 ``[chains, *shape]``: the bits of `ebmfast.rng.uniform`."""
+        return self._filled(
+            shape, chains, device, uniform=True, seed=seed, step=step, stream=stream, first_chain=first_chain, first_element=first_element
+        )
+
+    def _filled(self, shape, chains, device, *, uniform, seed, step, stream, first_chain, first_element) -> torch.Tensor:
+        _checks.check_noise_id(seed=seed, step=step, stream=stream, first_chain=first_chain, chains=chains)
+        last = first_element + math.prod(shape)
+        _checks.check(first_element % 4 == 0 and 0 <= first_element <= last <= rng.MAX_ELEMENTS, "first_element",
+                      "a multiple of 4, with all elements below 2^34", first_element)  # fmt: skip
+        out = torch.empty((chains, *shape), dtype=torch.float32, device=device)
+        reason = self.unsuitable(out.device)
+        _checks.check(reason is None, "device", f"one that backend {self.name!r} can work on", f"{out.device} ({reason})")
+        self._fill(
+            out, uniform=uniform, seed=seed, step=step, stream=stream, first_chain=first_chain, first_element=first_element
+        )
+        return out
+
+
+class ReferenceBackend(Backend):
+    """Plain torch: the specification."""
+
+    name = "reference"
+    dtypes = (torch.float32, torch.float64)
+
+    def unsuitable(self, device: torch.device) -> str | None:
+        return None
+
+    def _plan(self, x, *, n_gradients, gradient_dtype, weights_per_chain, **options) -> Plan:
+        def plan(gradients, weights, drift, noise, step) -> None:
+            _checks.check_noise_id(step=step)
+            _checks.check_gradients(x, gradients, n_gradients, gradient_dtype)
+            _checks.check_weights(x, weights, n_gradients, weights_per_chain)
+            reference.langevin_step(x, gradients, weights, drift, noise, step=step, **options)
+
+        return plan
+
+    def _fill(self, out, *, uniform, **noise_id) -> None:
+        draw = rng.uniform if uniform else rng.normal
+        out.copy_(draw(out.shape[1:], out.shape[0], device=out.device, **noise_id))
+
+
+class CpuBackend(Backend):
+    """The C++ kernels; threads follow `torch.get_num_threads`, and never change bits."""
+
+    name = "cpu"
+
+    def unsuitable(self, device: torch.device) -> str | None:
+        return None if device.type == "cpu" else "its kernels read CPU memory"
+
+    def info(self) -> dict[str, object]:
+        return {"backend": self.name, "isa": core.isa(), "threads": torch.get_num_threads()}
+
+    def _plan(self, x, **options) -> Plan:
+        return _CpuPlan(x, **options)
+
+    def _fill(self, out, *, uniform, **noise_id) -> None:
+        size = math.prod(out.shape[1:])
+        core.fill(out.data_ptr(), out.shape[0], size, uniform=uniform, threads=torch.get_num_threads(), **noise_id)
+
+
+class _CpuPlan:
+    """Called every step, so its checks are the cheap ones; whatever fails them goes through the checks that explain."""
+
+    __slots__ = ("_dtype", "_keep", "_n", "_run", "_shape", "_stacked", "_weights_shape", "_x")
+
+    def __init__(
+        self, x, *, n_gradients, gradient_dtype, weights_per_chain, seed, first_chain, stream, clamp, grad_clip_value, grad_clip_norm,
+        frozen_mask, faults,
+    ) -> None:  # fmt: skip
+        self._x, self._n, self._dtype, self._shape = x, n_gradients, gradient_dtype, x.shape
+        self._stacked = torch.Size((n_gradients, *x.shape))
+        self._weights_shape = torch.Size((n_gradients, x.shape[0]) if weights_per_chain else (n_gradients,))
+        self._keep = (frozen_mask, faults)  # the plan holds their addresses
+        self._run = core.StepPlan(
+            x=x.data_ptr(), batch=x.shape[0], size=math.prod(x.shape[1:]), n_gradients=n_gradients, bf16=gradient_dtype == torch.bfloat16,
+            weights_per_chain=weights_per_chain, seed=seed, stream=stream, first_chain=first_chain, clamp=clamp,
+            clip_value=grad_clip_value, clip_norm=grad_clip_norm, frozen=0 if frozen_mask is None else frozen_mask.data_ptr(),
+            frozen_per_chain=frozen_mask is not None and frozen_mask.ndim == x.ndim, faults=0 if faults is None else faults.data_ptr(),
+        ).run  # fmt: skip
+
+    def __call__(self, gradients, weights, drift, noise, step) -> None:
+        dtype = self._dtype
+        if isinstance(gradients, torch.Tensor):
+            if gradients.dtype is not dtype or gradients.shape != self._stacked or not _plain(gradients):
+                self._explain(gradients, weights)
+            addresses = gradients.data_ptr()
+        else:
+            shape = self._shape
+            if len(gradients) != self._n:
+                self._explain(gradients, weights)
+            for g in gradients:
+                if g.dtype is not dtype or g.shape != shape or not _plain(g):
+                    self._explain(gradients, weights)
+            addresses = [g.data_ptr() for g in gradients]
+        if self._n == 0:
+            address = 0
+        else:
+            if weights is None or weights.dtype is not torch.float32 or weights.shape != self._weights_shape or not _plain(weights):
+                self._explain(gradients, weights)
+            address = weights.data_ptr()
+        if not 0 <= step < 4294967296:
+            _checks.check_noise_id(step=step)
+        self._run(addresses, address, step, drift, noise, torch.get_num_threads())
+
+    def _explain(self, gradients, weights) -> None:
+        _checks.check_gradients(self._x, gradients, self._n, self._dtype)
+        _checks.check_weights(self._x, weights, self._n, len(self._weights_shape) == 2)
+
+
+def _plain(tensor: torch.Tensor) -> bool:
+    return tensor.is_cpu and tensor.is_contiguous()
+
+
+_NOT_BUILT = "this version has no {name} kernels yet; use backend='reference' on a GPU, or CPU tensors with backend='cpu'"
+_BACKENDS: dict[str, Backend] = {b.name: b for b in (ReferenceBackend(), CpuBackend())}
+NAMES = ("reference", "cpu", "triton", "cuda")
+_FASTEST_FIRST = ("cuda", "triton", "cpu", "reference")
+
+
+def available() -> dict[str, str | None]:
+    """For each backend, None if it can run here, or why it cannot and what to do."""
+    return {name: None if name in _BACKENDS else _NOT_BUILT.format(name=name) for name in NAMES}
+
+
+def resolve(name: str, device: torch.device | str) -> Backend:
+    """The backend of that name, or for "auto" the fastest that is available and works on ``device``.
+
+    Raises:
+        ValueError: unknown name.
+        BackendUnavailableError: it is known but cannot run here, or not on this device.
+    """
+    device = torch.device(device)
+    reasons = available()
+    if name == "auto":
+        usable = (_BACKENDS[n] for n in _FASTEST_FIRST if reasons[n] is None)
+        return next(b for b in usable if b.unsuitable(device) is None)
+    if name not in NAMES:
+        raise ValueError(f"`backend` must be one of {', '.join(('auto', *NAMES))}, got {name!r}")
+    reason = reasons[name]
+    if reason is None and (unsuitable := _BACKENDS[name].unsuitable(device)) is not None:
+        reason = f"it cannot work on {device} ({unsuitable}); move the tensors or use backend='auto'"
+    if reason is not None:
+        raise BackendUnavailableError(f"backend {name!r} is not available: {reason}")
+    return _BACKENDS[name]
