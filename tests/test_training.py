@@ -87,17 +87,17 @@ def test_candidates_start_with_the_truth():
 
 
 def test_training_learns_the_data_and_its_condition(tmp_path):
-    trainer = made_trainer(tmp_path, replace(CONFIG, iterations=150))
+    trainer = made_trainer(tmp_path, replace(CONFIG, iterations=100))
     images, conditions = made_data()
     levels = NoiseLevels(focus=0.0)
     before = validation_error(trainer.model, images, conditions, levels)
     trainer.model.load_state_dict(trainer.run())
     after = validation_error(trainer.model, images, conditions, levels)
     swapped = validation_error(trainer.model, images, conditions.flip(1), levels)
-    assert after < 0.6 * before
-    assert swapped > 1.5 * after
+    assert after < 0.7 * before
+    assert swapped > 1.3 * after
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [line["iteration"] for line in lines] == list(range(10, 151, 10))
+    assert [line["iteration"] for line in lines] == list(range(10, 101, 10))
     assert lines[-1]["contrast"] is not None and set(lines[0]["by_level"]) <= {"0-0.15", "0.15-0.4", "0.4-1", "1-inf"}
 
 

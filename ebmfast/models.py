@@ -1,0 +1,159 @@
+"""Networks for energies of images. One row in, one number out; rows of a batch never see each other."""
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class _Block(nn.Module):
+    """Residual block: SiLU, conv, scale and shift from the embedding, SiLU, conv; 1x1 bypass where channels change."""
+
+    def __init__(self, c_in: int, c_out: int, embedding: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.film = nn.Linear(embedding, 2 * c_out)
+        self.bypass = nn.Conv2d(c_in, c_out, 1, bias=False) if c_in != c_out else nn.Identity()
+        with torch.no_grad():
+            self.conv2.weight.mul_(0.3)
+            self.film.weight.mul_(0.3)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        scale, shift = self.film(embedding)[:, :, None, None].chunk(2, dim=1)
+        y = self.conv1(F.silu(x)) * (1.0 + scale) + shift
+        return self.bypass(x) + self.conv2(F.silu(y))
+
+
+class NoiseConditionalEnergy(nn.Module):
+    """Energy of a noised image under a condition, whose gradient is minus the score of the noised density.
+
+    ``E(x, c, sigma) = |u|^2 / 2 + (s / sigma) h(u, c, sigma)``, ``u = (x - mean) / sqrt(sigma^2 + s^2)`` with ``s``
+    the standard deviation of the data: the first term is exact for data without structure, so the network h learns
+    the rest only. h reads a 2x2 pixel-unshuffled image and coordinates through residual blocks at three scales; its
+    value is a linear read-out of the last map plus, at every scale, the inner product of two 1x1-conv heads, so that
+    its gradient works like the decoder of a U-Net.
+
+    Args:
+        condition_dim: C, floats of a condition.
+        widths: channels at 1/2, 1/4 and 1/8 of the resolution.
+        depths: residual blocks at these scales.
+        embedding: width of the embedding of (condition, sigma).
+        heads: channels of the bilinear read-outs.
+        mean, std: of the data, in its range.
+        sigma: (min, max) noise level the network is trained on.
+        center, scale: the condition enters as (condition - center) / scale.
+        harmonics: also feed sin and cos of (pi/2) k times the scaled condition, k = 1..harmonics.
+        homography: 9 numbers, row-major; maps (x, y, 1) of a position condition to homogeneous image coordinates
+            in [-1, 1]; the network then also gets Gaussian bumps of three widths centred there.
+    """
+
+    BUMPS = (0.12, 0.3, 0.8)
+
+    def __init__(
+        self,
+        condition_dim: int,
+        widths: Sequence[int] = (32, 56, 80),
+        depths: Sequence[int] = (1, 2, 2),
+        embedding: int = 64,
+        heads: int = 16,
+        mean: float = 0.0,
+        std: float = 0.25,
+        sigma: Sequence[float] = (0.06, 4.0),
+        center: float = 0.0,
+        scale: float = 1.0,
+        harmonics: int = 0,
+        homography: Sequence[float] | None = None,
+    ):
+        super().__init__()
+        self.condition_dim, self.harmonics = condition_dim, harmonics
+        self.mean, self.std, self.center, self.scale = mean, std, center, scale
+        self.sigma_range = (float(sigma[0]), float(sigma[1]))
+        self.homography = None if homography is None else tuple(float(v) for v in homography)
+        features = condition_dim * (1 + 2 * harmonics)
+        self.embed_condition = nn.Sequential(nn.Linear(features, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
+        self.embed_sigma = nn.Linear(8, embedding)
+        self.embed = nn.Linear(embedding, embedding)
+        self.no_condition = nn.Parameter(torch.zeros(embedding))
+        bumps = len(self.BUMPS) if homography is not None else 0
+        self.stem = nn.Conv2d(12 + 2 + bumps, widths[0], 3, padding=1)
+        self.blocks, self.left, self.right = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        c = widths[0]
+        for width, depth in zip(widths, depths):
+            stage = nn.ModuleList()
+            for _ in range(depth):
+                stage.append(_Block(c, width, embedding))
+                c = width
+            self.blocks.append(stage)
+            self.left.append(nn.Conv2d(width, heads, 1))
+            self.right.append(nn.Conv2d(width, heads, 1))
+        self.linear = nn.Conv2d(c, 1, 1, bias=False)
+
+    def forward(self, x: Tensor, condition: Tensor | None = None, sigma: Tensor | None = None,
+                keep: Tensor | None = None) -> Tensor:
+        """Energies [B] of x [B, 3, H, W] under condition [B, C] at noise level sigma [B] (or a scalar tensor).
+
+        keep [B] is 1 for conditioned rows and 0 for unconditional ones; condition None makes all rows unconditional;
+        sigma None is the smallest level. Raises ValueError when the condition has another width than C.
+        """
+        batch = x.shape[0]
+        if sigma is None:
+            sigma = x.new_full((batch,), self.sigma_range[0])
+        sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(batch)
+        condition, keep = self._condition(x, condition, keep)
+        level = sigma[:, None, None, None]
+        u = (x - self.mean) / torch.sqrt(level * level + self.std**2)
+        h = self._network(u, self._embedding(condition, keep, sigma), self._maps(x, condition, keep))
+        return 0.5 * u.square().sum(dim=(1, 2, 3)) + (self.std / sigma) * h
+
+    def _condition(self, x: Tensor, condition: Tensor | None, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+        batch = x.shape[0]
+        if condition is None:
+            return x.new_zeros(batch, self.condition_dim), x.new_zeros(batch)
+        if condition.shape != (batch, self.condition_dim):
+            raise ValueError(f"`condition` must be [{batch}, {self.condition_dim}], got {list(condition.shape)}")
+        return condition, x.new_ones(batch) if keep is None else keep
+
+    def _embedding(self, condition: Tensor, keep: Tensor, sigma: Tensor) -> Tensor:
+        """Embedding [B, D] of everything that is constant while a level is sampled."""
+        c = (condition - self.center) / self.scale
+        waves = [f(0.5 * math.pi * k * c) for k in range(1, self.harmonics + 1) for f in (torch.sin, torch.cos)]
+        lo, hi = (math.log(s) for s in self.sigma_range)
+        t = (torch.log(sigma) - lo) / (hi - lo)
+        k = torch.arange(8, dtype=sigma.dtype, device=sigma.device)
+        keep = keep[:, None]
+        e = keep * self.embed_condition(torch.cat([c, *waves], dim=1)) + (1.0 - keep) * self.no_condition
+        e = e + self.embed_sigma(torch.cos(math.pi * k * t[:, None]))
+        return F.silu(self.embed(F.silu(e)))
+
+    def _maps(self, x: Tensor, condition: Tensor, keep: Tensor) -> Tensor:
+        """Coordinate channels and, with a homography, bumps where the condition projects to: [B, 2 or 5, H/2, W/2]."""
+        height, width = x.shape[2] // 2, x.shape[3] // 2
+        rows = (torch.arange(height, dtype=x.dtype, device=x.device) + 0.5) * (2.0 / height) - 1.0
+        columns = (torch.arange(width, dtype=x.dtype, device=x.device) + 0.5) * (2.0 / width) - 1.0
+        v, u = rows[:, None].expand(height, width), columns[None, :].expand(height, width)
+        coordinates = torch.stack([u, v]).expand(x.shape[0], 2, height, width)
+        if self.homography is None:
+            return coordinates
+        matrix = torch.tensor(self.homography, dtype=x.dtype, device=x.device).view(3, 3)
+        point = F.pad(condition, (0, 1), value=1.0) @ matrix.T
+        cu, cv = (point[:, i] / point[:, 2] for i in (0, 1))
+        distance = (u - cu[:, None, None]).square() + (v - cv[:, None, None]).square()
+        bumps = [torch.exp(-0.5 * distance / w**2) * keep[:, None, None] for w in self.BUMPS]
+        return torch.cat([coordinates, torch.stack(bumps, dim=1)], dim=1)
+
+    def _network(self, u: Tensor, embedding: Tensor, maps: Tensor) -> Tensor:
+        """h(u, c, sigma) [B]."""
+        y = self.stem(torch.cat([F.pixel_unshuffle(u, 2), maps], dim=1))
+        value = 0.0
+        for scale, stage in enumerate(self.blocks):
+            if scale:
+                y = F.avg_pool2d(y, 2)
+            for block in stage:
+                y = block(y, embedding)
+            a = F.silu(y)
+            value = value + (self.left[scale](a) * self.right[scale](a)).sum(dim=(1, 2, 3))
+        return value + self.linear(F.silu(y)).sum(dim=(1, 2, 3))
