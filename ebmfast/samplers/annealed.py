@@ -57,6 +57,14 @@ class Annealed:
         object.__setattr__(self, "sigmas", sigmas)
         object.__setattr__(self, "inner", inner)
 
+    def __repr__(self):
+        levels = ", ".join(f"{s:g}" for s in self.sigmas)
+        if len(self.sigmas) > 4:
+            levels = f"{self.sigmas[0]:g}, {self.sigmas[1]:.3g}, ..., {self.sigmas[-1]:g}"
+        inner = "" if self.inner == Langevin() else f", inner={self.inner!r}"
+        return (f"Annealed([{levels}], {len(self.sigmas)} levels x {self.steps_per_level} steps, drift={self.drift:g},"
+                f" denoise={self.denoise}{inner})")
+
     @classmethod
     def geometric(cls, high: float, low: float, levels: int, **options) -> Annealed:
         """`levels` noise levels from `high` to `low` in equal ratios."""

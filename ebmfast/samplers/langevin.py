@@ -8,7 +8,7 @@ Sources: Welling and Teh, ICML 2011; Du, Li and Mordatch, NeurIPS 2020, equation
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -81,6 +81,10 @@ class Langevin:
             if bound is not None and not bound > 0:
                 raise ValueError(f"`{name}` must be positive, got {bound}")
 
+    def __repr__(self):
+        changed = (f for f in fields(self) if getattr(self, f.name) != f.default)
+        return f"Langevin({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in changed)})"
+
     @classmethod
     def paper(cls, step_size: float = 1.0, **options) -> Langevin:
         """The rule as printed: x - (λ/2)∇E + ω, ω ~ N(0, λ). Source: Du et al. 2020, equation 2."""
@@ -129,25 +133,28 @@ class LangevinKernel:
         self.sampler, self.evaluator, self.backend = sampler, evaluator, backend
         self.coefficients, self.start = coefficients, start
         self._fixed = fixed
-        self._limits = {"clamp": sampler.clamp, "grad_clip_value": sampler.grad_clip_value,
-                        "grad_clip_norm": sampler.grad_clip_norm}
-        self._ones = torch.ones(len(evaluator.plan.leaves))
 
     def init(self, x: torch.Tensor, step: int | None = None, faults: torch.Tensor | None = None) -> LangevinState:
-        """The state of chains `x` `[B, *S]` before step `step`."""
+        """The state of chains `x` `[B, *S]` before step `step`; prepares the backend for this very tensor."""
         if faults is None:
             faults = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
-        self._ones = self._ones.to(x.device, x.dtype)
+        leaves = len(self.evaluator.plan.leaves)
+        options = dict(self._fixed, faults=faults, gradient_dtype=x.dtype)
+        self._ones = torch.ones(leaves, device=x.device)  # gradients come weighted
+        self._move = self.backend.prepare(
+            x, n_gradients=leaves, clamp=self.sampler.clamp, grad_clip_value=self.sampler.grad_clip_value,
+            grad_clip_norm=self.sampler.grad_clip_norm, **options)
+        self._perturb = self.backend.prepare(x, n_gradients=0, **options) if self.sampler.noise_first else None
         return LangevinState(x, self.start if step is None else step, faults)
 
     def step(self, state: LangevinState) -> tuple[LangevinState, LangevinInfo]:
         """One step of every chain that has no fault."""
         x, t, faults = state
         i = t - self.start
-        drift, noise, sigma = (c[i] for c in self.coefficients)
-        if self.sampler.noise_first:
-            self.backend.step(x, (), self._ones[:0], 0.0, noise, step=t, faults=faults, **self._fixed)
+        drift, noise, sigma = self.coefficients.drift[i], self.coefficients.noise[i], self.coefficients.sigma[i]
+        if self._perturb is not None:
+            self._perturb((), None, 0.0, noise, t)
             noise = 0.0
         gradients, energies = self.evaluator.gradients(x, sigma)
-        self.backend.step(x, gradients, self._ones, drift, noise, step=t, faults=faults, **self._limits, **self._fixed)
+        self._move(gradients, self._ones, drift, noise, t)
         return LangevinState(x, t + 1, faults), LangevinInfo(energies)
