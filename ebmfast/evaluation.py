@@ -181,9 +181,18 @@ class Settings:
     alpha: float = 0.3
     prior: str = "color"
     prior_above: float = 0.0
+    sigma_max: float = 4.0
+    sigma_min: float = 0.06
     levels: int = 16
     steps_per_level: int = 6
     drift: float = 0.3
+
+    def sampler(self):
+        """The `Annealed` sampler of these settings."""
+        from .samplers import Annealed
+
+        return Annealed.geometric(self.sigma_max, self.sigma_min, self.levels, steps_per_level=self.steps_per_level,
+                                  drift=self.drift)
 
 
 def expression(task: Task, settings: Settings, families: dict):
@@ -210,15 +219,13 @@ def evaluate(task: Task, settings: Settings, families: dict, judge: Judge, n: in
 
     Returns the fractions of `task.report`, "all" and "present", with "either" for an OR; and the samples.
     """
-    from . import zoo
     from .sampling import sample
 
     rows = draw_conditions(n, condition_seed)
     expr = expression(task, settings, families)
     used = {slot: rows[slot] for slot in {slot for _, slot, _ in task.terms}}
-    sampler = zoo.sampler(levels=settings.levels, steps_per_level=settings.steps_per_level, drift=settings.drift)
     start = time.perf_counter()
-    result = sample(expr, n=n, shape=(3, 32, 32), sampler=sampler, conditions=used, seed=seed,
+    result = sample(expr, n=n, shape=(3, 32, 32), sampler=settings.sampler(), conditions=used, seed=seed,
                     batch_size=batch_size, energies=False, progress=progress)
     seconds = time.perf_counter() - start
     return tally(task, judge.read(result.x), rows) | {"seconds": round(seconds, 1)}, result.x

@@ -113,8 +113,10 @@ def test_families_take_their_facts_from_the_cards():
     x = picture()
     expected = zoo.load("color")(x, torch.tensor([zoo.card("color")["labels"]["red"]]), torch.tensor([0.3]))
     torch.testing.assert_close(red.energy(x, sigma=0.3), expected, rtol=1e-4, atol=1e-2)
-    sampler = zoo.sampler(levels=5)
-    assert len(sampler.sigmas) == 5 and math.isclose(sampler.sigmas[-1], zoo.card("color")["schedule"]["sigma_min"])
+    expression, sampler = zoo.recommended(red & families["shape"]("cube"))
+    schedule = zoo.card("color")["schedule"]
+    assert len(sampler.sigmas) == schedule["levels"] and math.isclose(sampler.sigmas[-1], schedule["sigma_min"])
+    assert [leaf.name for leaf in expression.leaves] == ["color('red')", "shape('cube')", "color.unconditional"]
 
 
 def test_every_task_builds_a_grounded_expression():

@@ -46,8 +46,8 @@ RECIPES = {
     "position": ConceptRecipe(
         "position", 2, 3500, ranges=((-1.0, 1.0), (-1.0, 1.0)), network={"homography": camera_homography()}),
     "color": ConceptRecipe("color", len(COLORS), 3500, labels=tuple(COLORS)),
-    "shape": ConceptRecipe("shape", len(SHAPES), 8000, labels=SHAPES, network={"widths": (32, 64, 96)}),
+    "shape": ConceptRecipe("shape", len(SHAPES), 6500, labels=SHAPES, network={"widths": (32, 64, 96)}),
     "size": ConceptRecipe(
-        "size", 1, 6500, ranges=(SIZE_RANGE,),
+        "size", 1, 5500, ranges=(SIZE_RANGE,),
         network={"widths": (32, 64, 96), "center": 0.55, "scale": 0.15, "harmonics": 1}),
 }

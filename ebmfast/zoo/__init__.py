@@ -59,43 +59,6 @@ def load_from(folder: str | Path, name: str) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def family(name: str):
-    """The `ebmfast.Family` of one concept: labels, unconditional energy, ranges and alpha as on its card.
-
-    Raises ValueError for an unknown name.
-    """
-    from ..composition import Family
-
-    about = card(name)
-    return Family(
-        load(name), name=name, labels=about["labels"] or None, unconditional=about["prior"],
-        condition_dim=about["condition_dim"], data_range=tuple(about["data_range"]), sigma=tuple(about["sigma"]),
-        negation_alpha=about["negation_alpha"],
-    )
-
-
-def concepts(*wanted: str) -> dict:
-    """Families by name: all of the zoo, or those named."""
-    return {name: family(name) for name in wanted or names()}
-
-
-def sampler(*wanted: str, **changes):
-    """The `ebmfast.Annealed` sampler that the cards recommend, for all concepts or those named.
-
-    Noise levels fall geometrically from the largest to the smallest that every card allows; `changes` override
-    entries of the card's schedule (levels, sigma_max, sigma_min, steps_per_level, drift, denoise).
-    """
-    from ..samplers import Annealed
-
-    schedules = [card(name)["schedule"] for name in wanted or names()]
-    plan = {key: max(s[key] for s in schedules) for key in ("levels", "steps_per_level", "sigma_min")}
-    plan |= {key: min(s[key] for s in schedules) for key in ("sigma_max", "drift")}
-    plan |= {"denoise": all(s["denoise"] for s in schedules)} | changes
-    return Annealed.geometric(
-        plan["sigma_max"], plan["sigma_min"], plan["levels"], steps_per_level=plan["steps_per_level"],
-        drift=plan["drift"], denoise=plan["denoise"])
-
-
 @functools.cache
 def concepts() -> dict:
     """The bundled concept models as `{name: Family}`, with labels, ranges, α and prior from their cards."""
