@@ -325,17 +325,17 @@ class _Chains:
             first_chain=call.first_chain + rows.start, frozen_mask=frozen)
         state = kernel.init(x, first, faults)
         every = 1 if self.run_.on_nonfinite == "restart" else CHECK_EVERY
-        for t in range(first, call.target):
-            if stop.requested:
-                break
+        observed = self.callback is not None or self.trace is not None
+        while state.step < call.target and not stop.requested:
             state, _ = kernel.step(state)
-            self.step[rows] = t + 1
-            if (t + 1 - first) % every == 0:
-                self._handle_faults(rows, t + 1)
-            self._observe(rows, t, evaluator)
+            if (state.step - first) % every == 0:
+                self._handle_faults(rows, state.step)
+            if observed:
+                self._observe(rows, state.step - 1, evaluator)
             if bar is not None:
                 bar.update()
-        self._handle_faults(rows, int(self.step[rows.start]))
+        self.step[rows] = state.step
+        self._handle_faults(rows, state.step)
 
     def _observe(self, rows: slice, t: int, evaluator) -> None:
         sigma = self.coefficients.sigma[t - self.call.base]
