@@ -35,14 +35,13 @@ template <bool uniform> EBMFAST_HD void store_noise(const Words<V>& words, float
     V::store_blocks(out, n.v[0], n.v[1], n.v[2], n.v[3]);
 }
 
-// Philox blocks first_block .. of one chain, `ahead(i)` called as element i is about to be written.
-template <bool uniform, class Ahead>
-void noise_of_chain(const NoiseId& id, uint64_t chain, uint32_t first_block, int blocks, float* out, const Ahead& ahead) {
+// Philox blocks first_block .. of one chain.
+template <bool uniform>
+void noise_of_chain(const NoiseId& id, uint64_t chain, uint32_t first_block, int blocks, float* out) {
     const Key key = key_of(id.seed);
     const V::Wide step = V::set_wide(id.step), low = V::set_wide(uint32_t(chain)), top = V::set_wide(top_word(id, chain));
     V::I block = V::add(V::set_int(first_block), V::block_order());
     for (int b = 0; b < blocks; b += V::width) {
-        ahead(4 * b);
         store_noise<uniform>(philox<V>(V::widen(block), step, low, top, key), out + 4 * b);
         block = V::add(block, V::set_int(V::width));
     }
@@ -71,10 +70,8 @@ struct LaneTable {
 };
 
 // All blocks of `chains` chains from `chain` on, chain after chain.
-template <bool uniform, class Ahead>
-void noise_of_chains(
-    const NoiseId& id, uint64_t chain, int64_t chains, int blocks_per_chain, const LaneTable& table, float* out, const Ahead& ahead
-) {
+template <bool uniform>
+void noise_of_chains(const NoiseId& id, uint64_t chain, int64_t chains, int blocks_per_chain, const LaneTable& table, float* out) {
     const uint64_t until_carry = (uint64_t(1) << 32) - uint32_t(chain);
     const int64_t now = uint64_t(chains) < until_carry ? chains : int64_t(until_carry);
     const Key key = key_of(id.seed);
@@ -82,29 +79,28 @@ void noise_of_chains(
     const V::Wide step = V::set_wide(id.step), top = V::set_wide(top_word(id, chain));
     const int blocks = int(now) * blocks_per_chain;
     for (int b = 0; b < blocks; b += V::width) {
-        ahead(4 * b);
         const V::Wide c0 = V::widen(V::add(first_block, V::load_int(table.block + b)));
         const V::Wide c2 = V::widen(V::add(low, V::load_int(table.chain + b)));
         store_noise<uniform>(philox<V>(c0, step, c2, top, key), out + 4 * b);
     }
     if (now < chains) {
-        noise_of_chains<uniform>(id, chain + uint64_t(now), chains - now, blocks_per_chain, table, out + 4 * blocks, ahead);
+        noise_of_chains<uniform>(id, chain + uint64_t(now), chains - now, blocks_per_chain, table, out + 4 * blocks);
     }
 }
 
 void copy(float* to, const float* from, int64_t n) { __builtin_memcpy(to, from, size_t(n) * sizeof(float)); }
 
 // The noise of a span; `scratch` and `out` hold kPadded floats.
-template <bool uniform, class Ahead>
-void noise_of_span(const NoiseId& id, const Span& s, int64_t size, const LaneTable* table, float* scratch, float* out, const Ahead& ahead) {
+template <bool uniform>
+void noise_of_span(const NoiseId& id, const Span& s, int64_t size, const LaneTable* table, float* scratch, float* out) {
     const uint64_t chain = id.first_chain + uint64_t(s.chain);
     if (table == nullptr) {
-        noise_of_chain<uniform>(id, chain, id.first_block + uint32_t(s.element / 4), (s.count + 3) / 4, out, ahead);
+        noise_of_chain<uniform>(id, chain, id.first_block + uint32_t(s.element / 4), (s.count + 3) / 4, out);
         return;
     }
     const int blocks = int((size + 3) / 4);
     float* padded = size % 4 == 0 ? out : scratch;
-    noise_of_chains<uniform>(id, chain, s.chains, blocks, *table, padded, ahead);
+    noise_of_chains<uniform>(id, chain, s.chains, blocks, *table, padded);
     if (padded != out) {
         for (int64_t c = 0; c < s.chains; ++c) {
             for (int64_t i = 0; i < size; ++i) out[c * size + i] = padded[c * 4 * blocks + i];
@@ -117,8 +113,10 @@ template <bool uniform> void fill_tiles(const FillArgs& a, int64_t begin, int64_
     const LaneTable table(a.tiling.chains < a.batch ? a.tiling.chains : a.batch, a.tiling.chains > 0 ? (a.size + 3) / 4 : 0);
     for (int64_t tile = begin; tile < end; ++tile) {
         const Span s = span_of(a.tiling, a.batch, a.size, tile);
-        noise_of_span<uniform>(a.id, s, a.size, a.tiling.chains > 0 ? &table : nullptr, scratch, out, [](int) {});
-        copy(a.out + s.base, out, s.count);
+        const bool direct = a.tiling.chains == 0 && s.count % kQuad == 0;
+        float* to = direct ? a.out + s.base : out;
+        noise_of_span<uniform>(a.id, s, a.size, a.tiling.chains > 0 ? &table : nullptr, scratch, to);
+        if (!direct) copy(a.out + s.base, out, s.count);
     }
 }
 
@@ -265,21 +263,11 @@ void step(const StepArgs& a, int64_t begin, int64_t end) {
     alignas(64) float scratch[kPadded], noise[kPadded], gradient[kTile];
     alignas(64) uint32_t marks[kTile];
     const LaneTable table(a.tiling.chains < a.batch ? a.tiling.chains : a.batch, a.tiling.chains > 0 ? (a.size + 3) / 4 : 0);
-    const int shift = a.bf16 ? 1 : 2;
     for (int64_t tile = begin; tile < end; ++tile) {
         const Span s = span_of(a.tiling, a.batch, a.size, tile);
         const float* z = nullptr;
         if (a.noise != 0.0f) {
-            // The noise needs no memory: meanwhile fetch what the update will read.
-            const auto ahead = [&](int i) {
-                const char* x = reinterpret_cast<const char*>(a.x + s.base + i);
-                for (int line = 0; line < kQuad * 4; line += 64) __builtin_prefetch(x + line, 1);
-                for (int k = 0; k < a.n_gradients; ++k) {
-                    const char* g = static_cast<const char*>(a.gradients[k]) + ((s.base + i) << shift);
-                    for (int line = 0; line < kQuad << shift; line += 64) __builtin_prefetch(g + line);
-                }
-            };
-            noise_of_span<false>(a.id, s, a.size, a.tiling.chains > 0 ? &table : nullptr, scratch, noise, ahead);
+            noise_of_span<false>(a.id, s, a.size, a.tiling.chains > 0 ? &table : nullptr, scratch, noise);
             z = noise;
         }
         const float* g = nullptr;

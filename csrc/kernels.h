@@ -5,7 +5,7 @@
 
 namespace ebmfast {
 
-constexpr int kTile = 1024;       // elements a thread works on at a time: state, gradient and noise of a tile stay in L1
+constexpr int kTile = 256;        // elements a thread works on at a time: state, gradient and noise of a tile stay in L1
 constexpr int kNormBlock = 4096;  // elements per partial sum of squares (ebmfast/reference.py: NORM_BLOCK, NORM_LANES)
 constexpr int kNormLanes = 16;
 

@@ -45,7 +45,7 @@ struct ScalarLane {
     static EBMFAST_HD Wide set_wide(uint32_t v) { return v; }
     static EBMFAST_HD Wide mul_wide(Wide a, uint32_t m) { return uint64_t(uint32_t(a)) * m; }
     static EBMFAST_HD Wide high(Wide a) { return a >> 32; }
-    static EBMFAST_HD Wide xor_wide(Wide a, Wide b) { return a ^ b; }
+    static EBMFAST_HD Wide xor_wide(Wide a, Wide b, Wide c) { return a ^ b ^ c; }
 
 #if defined(__CUDA_ARCH__)
     static EBMFAST_HD I as_int(F a) { return __float_as_uint(a); }
@@ -105,8 +105,8 @@ EBMFAST_HD Words<L> philox(typename L::Wide c0, typename L::Wide c1, typename L:
 #endif
     for (int round = 0; round < 10; ++round) {
         const Wide p0 = L::mul_wide(c0, 0xD2511F53u), p1 = L::mul_wide(c2, 0xCD9E8D57u);
-        c0 = L::xor_wide(L::high(p1), L::xor_wide(c1, L::set_wide(key.k0)));
-        c2 = L::xor_wide(L::high(p0), L::xor_wide(c3, L::set_wide(key.k1)));
+        c0 = L::xor_wide(L::high(p1), c1, L::set_wide(key.k0));
+        c2 = L::xor_wide(L::high(p0), c3, L::set_wide(key.k1));
         c1 = p1;
         c3 = p0;
         key.k0 += 0x9E3779B9u;

@@ -56,7 +56,9 @@ struct VectorLane {
         return {_mm512_mul_epu32(a.even, _mm512_set1_epi64(m)), _mm512_mul_epu32(a.odd, _mm512_set1_epi64(m))};
     }
     static EBMFAST_HD Wide high(Wide a) { return {_mm512_srli_epi64(a.even, 32), _mm512_srli_epi64(a.odd, 32)}; }
-    static EBMFAST_HD Wide xor_wide(Wide a, Wide b) { return {_mm512_xor_si512(a.even, b.even), _mm512_xor_si512(a.odd, b.odd)}; }
+    static EBMFAST_HD Wide xor_wide(Wide a, Wide b, Wide c) {
+        return {_mm512_ternarylogic_epi64(a.even, b.even, c.even, 0x96), _mm512_ternarylogic_epi64(a.odd, b.odd, c.odd, 0x96)};
+    }
 
     static EBMFAST_HD I as_int(F a) { return _mm512_castps_si512(a); }
     static EBMFAST_HD F as_float(I a) { return _mm512_castsi512_ps(a); }
@@ -117,7 +119,9 @@ struct VectorLane {
         return {_mm256_mul_epu32(a.even, _mm256_set1_epi64x(m)), _mm256_mul_epu32(a.odd, _mm256_set1_epi64x(m))};
     }
     static EBMFAST_HD Wide high(Wide a) { return {_mm256_srli_epi64(a.even, 32), _mm256_srli_epi64(a.odd, 32)}; }
-    static EBMFAST_HD Wide xor_wide(Wide a, Wide b) { return {_mm256_xor_si256(a.even, b.even), _mm256_xor_si256(a.odd, b.odd)}; }
+    static EBMFAST_HD Wide xor_wide(Wide a, Wide b, Wide c) {
+        return {_mm256_xor_si256(a.even, _mm256_xor_si256(b.even, c.even)), _mm256_xor_si256(a.odd, _mm256_xor_si256(b.odd, c.odd))};
+    }
 
     static EBMFAST_HD I as_int(F a) { return _mm256_castps_si256(a); }
     static EBMFAST_HD F as_float(I a) { return _mm256_castsi256_ps(a); }
@@ -187,7 +191,9 @@ struct VectorLane {
         return {_mm_mul_epu32(a.even, _mm_set1_epi64x(m)), _mm_mul_epu32(a.odd, _mm_set1_epi64x(m))};
     }
     static EBMFAST_HD Wide high(Wide a) { return {_mm_srli_epi64(a.even, 32), _mm_srli_epi64(a.odd, 32)}; }
-    static EBMFAST_HD Wide xor_wide(Wide a, Wide b) { return {_mm_xor_si128(a.even, b.even), _mm_xor_si128(a.odd, b.odd)}; }
+    static EBMFAST_HD Wide xor_wide(Wide a, Wide b, Wide c) {
+        return {_mm_xor_si128(a.even, _mm_xor_si128(b.even, c.even)), _mm_xor_si128(a.odd, _mm_xor_si128(b.odd, c.odd))};
+    }
 
     static EBMFAST_HD I as_int(F a) { return _mm_castps_si128(a); }
     static EBMFAST_HD F as_float(I a) { return _mm_castsi128_ps(a); }

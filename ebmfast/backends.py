@@ -180,9 +180,9 @@ class CpuBackend(Backend):
 
 
 class _CpuPlan:
-    """Called every step, so its checks are the cheap ones; whatever fails them goes through the checks that explain."""
+    """Called every step, so its checks are the cheap ones; what fails them goes to the checks that explain."""
 
-    __slots__ = ("_dtype", "_keep", "_n", "_run", "_shape", "_stacked", "_weights_shape", "_x")
+    __slots__ = ("_dtype", "_keep", "_n", "_run", "_shape", "_stacked", "_weights", "_weights_shape", "_x")
 
     def __init__(
         self, x, *, n_gradients, gradient_dtype, weights_per_chain, seed, first_chain, stream, clamp, grad_clip_value, grad_clip_norm,
@@ -191,6 +191,7 @@ class _CpuPlan:
         self._x, self._n, self._dtype, self._shape = x, n_gradients, gradient_dtype, x.shape
         self._stacked = torch.Size((n_gradients, *x.shape))
         self._weights_shape = torch.Size((n_gradients, x.shape[0]) if weights_per_chain else (n_gradients,))
+        self._weights = None
         self._keep = (frozen_mask, faults)  # the plan holds their addresses
         self._run = core.StepPlan(
             x=x.data_ptr(), batch=x.shape[0], size=math.prod(x.shape[1:]), n_gradients=n_gradients, bf16=gradient_dtype == torch.bfloat16,
@@ -203,29 +204,23 @@ class _CpuPlan:
         dtype = self._dtype
         if isinstance(gradients, torch.Tensor):
             if gradients.dtype is not dtype or gradients.shape != self._stacked or not _plain(gradients):
-                self._explain(gradients, weights)
+                _checks.check_gradients(self._x, gradients, self._n, dtype)
             addresses = gradients.data_ptr()
         else:
             shape = self._shape
-            if len(gradients) != self._n:
-                self._explain(gradients, weights)
-            for g in gradients:
-                if g.dtype is not dtype or g.shape != shape or not _plain(g):
-                    self._explain(gradients, weights)
+            if len(gradients) != self._n or any(g.dtype is not dtype or g.shape != shape or not _plain(g) for g in gradients):
+                _checks.check_gradients(self._x, gradients, self._n, dtype)
             addresses = [g.data_ptr() for g in gradients]
         if self._n == 0:
             address = 0
         else:
-            if weights is None or weights.dtype is not torch.float32 or weights.shape != self._weights_shape or not _plain(weights):
-                self._explain(gradients, weights)
+            if weights is not self._weights:  # most often the same tensor at every step
+                _checks.check_weights(self._x, weights, self._n, len(self._weights_shape) == 2)
+                self._weights = weights
             address = weights.data_ptr()
         if not 0 <= step < 4294967296:
             _checks.check_noise_id(step=step)
         self._run(addresses, address, step, drift, noise, torch.get_num_threads())
-
-    def _explain(self, gradients, weights) -> None:
-        _checks.check_gradients(self._x, gradients, self._n, self._dtype)
-        _checks.check_weights(self._x, weights, self._n, len(self._weights_shape) == 2)
 
 
 def _plain(tensor: torch.Tensor) -> bool:
