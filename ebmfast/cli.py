@@ -9,6 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+from . import __version__, images, sampling, zoo
+from .backends import BackendUnavailableError
+from .expressions import parse
+from .samplers import Annealed
+
 DEMO = (
     ("one concept", "shape('sphere')"),
     ("AND", "shape('cube') & color('red')"),
@@ -31,13 +36,12 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         print(f"\nebmfast: {stop or 'interrupted'}", file=sys.stderr)
         return 130
-    except (ValueError, TypeError, ImportError, OSError, ArithmeticError) as error:
+    except (ValueError, TypeError, ImportError, OSError, ArithmeticError, BackendUnavailableError) as error:
         print(f"ebmfast {args.command}: error: {error}", file=sys.stderr)
         return 2
 
 
 def _parser() -> argparse.ArgumentParser:
-    from . import __version__
     parser = argparse.ArgumentParser(
         prog="ebmfast", description="Sample compositions of energy-based models: AND, OR, NOT, nested at will.",
         epilog="ebmfast COMMAND --help has examples. `ebmfast doctor` checks the installation.")
@@ -97,7 +101,6 @@ examples:
 
 def _models(folders):
     """All families by name, and their cards: the zoo's, then those of `folders`."""
-    from . import zoo
     families, cards = dict(zoo.concepts()), {name: zoo.card(name) for name in zoo.names()}
     for folder in folders:
         found = [p for p in sorted(folder.glob("*.json")) if p.with_suffix(".safetensors").exists()]
@@ -111,7 +114,6 @@ def _models(folders):
 
 
 def _sampler(base, args):
-    from .samplers import Annealed
     levels = args.levels or len(base.sigmas)
     return Annealed.geometric(base.sigmas[0], base.sigmas[-1], levels, denoise=base.denoise,
                               steps_per_level=args.steps_per_level or base.steps_per_level,
@@ -119,8 +121,6 @@ def _sampler(base, args):
 
 
 def _sample(args) -> int:
-    from . import images, sampling, zoo
-    from .expressions import parse
     if args.out.suffix not in (".png", ".safetensors"):
         raise ValueError(f"`--out` must end in .png or .safetensors, got {args.out}")
     families, cards = _models(args.models)
@@ -161,8 +161,6 @@ def _add_demo(commands) -> None:
 
 
 def _demo(args) -> int:
-    from . import images, sampling, zoo
-    from .expressions import parse
     families, rows, titles = zoo.concepts(), [], []
     started = time.perf_counter()
     for title, text in DEMO:

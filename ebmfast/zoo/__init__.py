@@ -90,7 +90,8 @@ def recommended(expression, about: dict | None = None):
     schedule = cards[0]["schedule"]
     own = any(leaf.condition is None for leaf in expression.leaves)
     if not own and cards[0]["prior"]:
-        expression = with_prior(expression, families[0].unconditional)
+        counted = with_prior(expression, families[0].unconditional)
+        expression = expression if counted.simplified == expression.simplified else counted
     return expression, Annealed.geometric(
         schedule["sigma_max"], schedule["sigma_min"], schedule["levels"], denoise=schedule["denoise"],
         steps_per_level=schedule["steps_per_level"], drift=schedule["drift"])
