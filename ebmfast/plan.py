@@ -8,7 +8,8 @@ every call: nothing here can go stale.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,13 +47,22 @@ class Plan:
             _check_uncoupled(leaf)
         self.data_range = _common_range(self.leaves)
 
-    def check_sigma(self, given: bool) -> None:
-        """Raise where a leaf needs a noise level and none is given."""
-        for leaf in () if given else self.leaves:
-            if leaf.source.takes_sigma and _sigma_required(leaf.source.model):
+    def check_sigmas(self, sigmas: Sequence[float] | None) -> None:
+        """Raise where a leaf needs a noise level and none is given, or was not trained at one that is."""
+        for leaf in self.leaves:
+            source = leaf.source
+            if not source.takes_sigma:
+                continue
+            if sigmas is None and _sigma_required(source.model):
                 raise ValueError(
                     f"the model of {leaf.name} takes a noise level: sample with Annealed(sigmas=...),"
                     " or pass `sigma=` to energy and gradient")
+            low, high = source.sigma or (0.0, math.inf)
+            outside = [s for s in sigmas or () if not 0.99 * low <= s <= 1.01 * high]
+            if outside:
+                raise ValueError(
+                    f"`sigmas` must lie within {low:g} to {high:g}, the noise levels that the model of {leaf.name}"
+                    f" knows, got {outside[0]:g}")
 
     def bind(self, x: torch.Tensor, conditions: Mapping | None = None) -> Evaluator:
         """An evaluator for chains like `x` `[B, *S]` under `conditions` `{slot: [B, C]}`."""
@@ -76,12 +86,20 @@ class Plan:
             extras = [w for w, on in (("sigma", group.source.takes_sigma), ("keep", group.source.takes_keep)) if on]
             how = f"{len(group)} x B rows stacked" if len(group) > 1 else "B rows"
             takes = f", takes {', '.join(extras)}" if extras else ""
-            lines.append(f"  {type(group.source.model).__name__} ({how}{takes}): {names}")
+            lines.append(f"  {type(group.source.model).__name__} ({how}{takes}): {names}{_known(group.source)}")
         if self.program.has_or:
             lines.append("weights      per chain, from the leaf energies (there is an OR)")
         else:
             lines.append("weights      constant (no OR): energies are not waited for")
         return "\n".join(lines)
+
+
+def _known(source: Source) -> str:
+    """What is declared of a model: its data range, noise levels and α."""
+    facts = [f"{name} {low:g} to {high:g}" for name, pair in (("data", source.data_range), ("sigma", source.sigma))
+             if pair is not None for low, high in [pair]]
+    facts += [] if source.negation_alpha is None else [f"alpha {source.negation_alpha:g}"]
+    return f"  [{', '.join(facts)}]" if facts else ""
 
 
 def _show(weight) -> str:

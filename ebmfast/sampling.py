@@ -98,7 +98,7 @@ def prepare(expr: Expression, sampler: Langevin | Annealed | None = None, *, sha
     if not isinstance(sampler, Langevin | Annealed):
         raise TypeError(f"`sampler` must be Langevin(...) or Annealed(...), got {sampler!r}")
     levels = sampler.noise_levels()
-    plan.check_sigma(levels is not None)
+    plan.check_sigmas(levels)
     if not allow_improper and sampler.clamp is None:
         expr.check_grounded(levels)
     if sampler.steps is not None and steps is not None:

@@ -436,6 +436,13 @@ def test_bad_samplers(make, message):
         make()
 
 
+def test_levels_that_a_model_does_not_know():
+    f = ef.Family(NoisedGaussian(), "g", sigma=(0.1, 2.0))
+    with pytest.raises(ValueError, match=r"`sigmas` must lie within 0.1 to 2.*got 4"):
+        draw(f(0.0), sampler=ef.Annealed([4.0, 1.0]), steps=None)
+    assert "sigma 0.1 to 2" in f(0.0).explain()
+
+
 def test_annealed_levels_and_steps():
     sampler = ef.Annealed.geometric(4.0, 0.5, 4, steps_per_level=3, drift=0.2)
     assert sampler.sigmas == pytest.approx((4, 2, 1, 0.5)) and sampler.steps == 13

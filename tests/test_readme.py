@@ -1,0 +1,23 @@
+"""The README's Python runs as printed, with fewer noise levels and samples where it would take long."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parents[1] / "README.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.S) if README.exists() else []
+SHORTER = (("n=16", "n=1"), ("levels=16", "levels=2"), ("steps_per_level=6", "steps_per_level=1"))
+
+
+@pytest.mark.parametrize("code", BLOCKS, ids=lambda code: code.split("\n")[0])
+def test_code_in_the_readme_runs(code, capsys):
+    for long, short in SHORTER:
+        code = code.replace(long, short)
+    names = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["r"].x.isfinite().all()
+
+
+def test_the_readme_has_code():
+    assert len(BLOCKS) >= 2
