@@ -1,4 +1,4 @@
-"""ebmfast: fast, exact sampling of composed energy-based models.
+"""ebmfast: fast, reproducible sampling of composed energy-based models.
 
     import ebmfast as ef
 

@@ -1,0 +1,62 @@
+"""A wheel built from the sources works in a fresh environment, from any folder."""
+
+import importlib.util
+import os
+import shutil
+import site
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = ("CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE", "cmake", "csrc", "ebmfast", "kernels")
+
+
+def call(*command, cwd, **env):
+    return subprocess.run([str(c) for c in command], cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory):
+    """A copy of the sources, and a Python that has the wheel built from them beside this one's torch."""
+    for module in ("scikit_build_core", "pybind11"):
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"building a wheel here needs {module}, from the extra ebmfast[test]")
+    if not (ROOT / "CMakeLists.txt").exists() or shutil.which("cmake") is None:
+        pytest.skip("building a wheel here needs cmake on the PATH and a source checkout")
+    folder = tmp_path_factory.mktemp("install")
+    source = folder / "source"
+    source.mkdir()
+    for name in SOURCES:
+        path = ROOT / name
+        shutil.copytree(path, source / name, ignore=shutil.ignore_patterns("*.so", "__pycache__")) if path.is_dir() else \
+            shutil.copy(path, source / name)
+    built = call(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", folder, source,
+                 cwd=folder, EBMFAST_CUDA="OFF")
+    assert built.returncode == 0, built.stdout + built.stderr
+    assert call(sys.executable, "-m", "venv", "--without-pip", folder / "venv", cwd=folder).returncode == 0
+    python = folder / "venv" / "bin" / "python"
+    (wheel,) = folder.glob("ebmfast-*.whl")
+    done = call(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel, cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (packages,) = (folder / "venv" / "lib").glob("python3*/site-packages")
+    (packages / "others.pth").write_text("\n".join(site.getsitepackages()))
+    return python, source, folder
+
+
+def test_the_wheel_works_from_any_folder(fresh):
+    python, _, folder = fresh
+    done = call(python, "-m", "ebmfast", cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    where = call(python, "-c", "import ebmfast.kernels, ebmfast; print(ebmfast.__file__)", cwd=folder)
+    assert str(folder / "venv") in where.stdout, where.stdout + where.stderr
+    models = call(python.parent / "ebmfast", "models", cwd=folder)
+    assert models.returncode == 0 and "shape('cube')" in models.stdout, models.stdout + models.stderr
+
+
+def test_the_sources_shadow_a_wheel_and_say_so(fresh):
+    python, source, _ = fresh
+    done = call(python, "-c", "import ebmfast", cwd=source)
+    assert done.returncode != 0 and "ImportError" in done.stderr and "pip install -e" in done.stderr, done.stderr
