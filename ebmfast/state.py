@@ -43,9 +43,10 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, state: SampleState):
         self.state = state
         done = int((state.step >= state.target).sum())
-        super().__init__(
-            f"interrupted with {done} of {len(state.step)} chains finished; to go on: save error.state with"
-            " .save(path), and call sample(..., resume=error.state) with the same arguments")
+        then = ("error.state.x has the samples" if state.finished else
+                "to go on: save error.state with .save(path), and call sample(..., resume=error.state) with the same"
+                " arguments")
+        super().__init__(f"interrupted with {done} of {len(state.step)} chains finished; {then}")
 
 
 @dataclass(frozen=True)
