@@ -191,7 +191,7 @@ class _CpuPlan:
         self._x, self._n, self._dtype, self._shape = x, n_gradients, gradient_dtype, x.shape
         self._stacked = torch.Size((n_gradients, *x.shape))
         self._weights_shape = torch.Size((n_gradients, x.shape[0]) if weights_per_chain else (n_gradients,))
-        self._weights = None
+        self._weights: object = object()
         self._keep = (frozen_mask, faults)  # the plan holds their addresses
         self._run = core.StepPlan(
             x=x.data_ptr(), batch=x.shape[0], size=math.prod(x.shape[1:]), n_gradients=n_gradients, bf16=gradient_dtype == torch.bfloat16,
