@@ -10,6 +10,7 @@ import importlib
 import json
 from pathlib import Path
 
+import torch
 from torch import nn
 
 _FOLDER = Path(__file__).parent
@@ -56,7 +57,7 @@ def load_from(folder: str | Path, name: str) -> nn.Module:
         raise ValueError(f"the card of {name!r} names the class {module}.{cls}, which is not part of ebmfast")
     model = getattr(importlib.import_module(module), cls)(**about["architecture"]["arguments"])
     model.load_state_dict(read(data))
-    return model.eval().requires_grad_(False)
+    return model.to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
 @functools.cache
