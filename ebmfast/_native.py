@@ -20,7 +20,9 @@ def _repair(package: Path) -> str:
 try:
     from ebmfast import _core as core
 except ImportError as error:
-    raise ImportError(f"ebmfast's compiled part cannot be loaded ({error}): {_repair(Path(__file__).parent)}.") from error
+    raise ImportError(
+        f"ebmfast's compiled part cannot be loaded ({error}): {_repair(Path(__file__).parent)}."
+    ) from error
 
 try:
     core.set_isa(os.environ.get("EBMFAST_ISA", ""))

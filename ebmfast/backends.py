@@ -1,10 +1,10 @@
 """Which implementations of the step exist here, and why not.
 
-====================  =======================================================  =======================================
-``reference``         plain torch (`ebmfast.reference`), any device            the specification; float64 too
-``cpu``               C++ (`csrc/`), for CPU tensors                           bit for bit the reference
-``triton``, ``cuda``  GPU kernels                                              see `available` for why not
-====================  =======================================================  =======================================
+====================  ==============================================  =============================
+``reference``         plain torch (`ebmfast.reference`), any device   the specification; float64 too
+``cpu``               C++ (`csrc/`), for CPU tensors                  bit for bit the reference
+``triton``, ``cuda``  GPU kernels                                     see `available` for why not
+====================  ==============================================  =============================
 
 Per step, with everything that does not change prepared once::
 
@@ -46,14 +46,33 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def _plan(
-        self, x: torch.Tensor, *, n_gradients: int, gradient_dtype: torch.dtype, weights_per_chain: bool, seed: int, first_chain: int,
-        stream: int, clamp: tuple[float, float] | None, grad_clip_value: float | None, grad_clip_norm: float | None,
-        frozen_mask: torch.Tensor | None, faults: torch.Tensor | None,
-    ) -> Plan: ...  # fmt: skip
+        self,
+        x: torch.Tensor,
+        *,
+        n_gradients: int,
+        gradient_dtype: torch.dtype,
+        weights_per_chain: bool,
+        seed: int,
+        first_chain: int,
+        stream: int,
+        clamp: tuple[float, float] | None,
+        grad_clip_value: float | None,
+        grad_clip_norm: float | None,
+        frozen_mask: torch.Tensor | None,
+        faults: torch.Tensor | None,
+    ) -> Plan: ...
 
     @abc.abstractmethod
     def _fill(
-        self, out: torch.Tensor, *, uniform: bool, seed: int, step: int, stream: int, first_chain: int, first_element: int
+        self,
+        out: torch.Tensor,
+        *,
+        uniform: bool,
+        seed: int,
+        step: int,
+        stream: int,
+        first_chain: int,
+        first_element: int,
     ) -> None: ...
 
     @abc.abstractmethod
@@ -65,21 +84,34 @@ class Backend(abc.ABC):
         return {"backend": self.name}
 
     def prepare(
-        self, x: torch.Tensor, *, n_gradients: int, gradient_dtype: torch.dtype = torch.float32, weights_per_chain: bool = False,
-        seed: int, first_chain: int = 0, stream: int = rng.NOISE, clamp: tuple[float, float] | None = None,
-        grad_clip_value: float | None = None, grad_clip_norm: float | None = None, frozen_mask: torch.Tensor | None = None,
+        self,
+        x: torch.Tensor,
+        *,
+        n_gradients: int,
+        gradient_dtype: torch.dtype = torch.float32,
+        weights_per_chain: bool = False,
+        seed: int,
+        first_chain: int = 0,
+        stream: int = rng.NOISE,
+        clamp: tuple[float, float] | None = None,
+        grad_clip_value: float | None = None,
+        grad_clip_norm: float | None = None,
+        frozen_mask: torch.Tensor | None = None,
         faults: torch.Tensor | None = None,
-    ) -> Plan:  # fmt: skip
-        """Checks and stores what stays the same from step to step; returns ``plan(gradients, weights, drift, noise, step)``.
+    ) -> Plan:
+        """Checks and stores what stays the same; returns ``plan(gradients, weights, drift, noise, step)``.
 
-        The plan works in place on this very ``x`` (and ``faults``), which must keep their storage. Gradients come as one
-        contiguous ``[K, B, *S]`` or as K contiguous ``[B, *S]`` of ``gradient_dtype`` (float32 or bfloat16), anew each
-        step; weights as float32 ``[K]``, or ``[K, B]`` with ``weights_per_chain``. Not for two threads at a time.
-        Arguments and semantics: `ebmfast.reference.langevin_step`. Raises TypeError or ValueError.
+        The plan works in place on this very ``x`` (and ``faults``), which must keep their storage. Gradients
+        come as one contiguous ``[K, B, *S]`` or as K contiguous ``[B, *S]`` of ``gradient_dtype`` (float32 or
+        bfloat16), anew each step; weights as float32 ``[K]``, or ``[K, B]`` with ``weights_per_chain``. Not
+        for two threads at a time. Arguments and semantics: `ebmfast.reference.langevin_step`. Raises
+        TypeError or ValueError.
         """
         _checks.check_state(x, self.dtypes, frozen_mask, faults)
         reason = self.unsuitable(x.device)
-        _checks.check(reason is None, "x", f"a tensor that backend {self.name!r} can work on", f"{x.device} ({reason})")
+        _checks.check(
+            reason is None, "x", f"a tensor that backend {self.name!r} can work on", f"{x.device} ({reason})"
+        )
         _checks.check_noise_id(seed=seed, stream=stream, first_chain=first_chain, chains=x.shape[0])
         allowed = (torch.float32, torch.bfloat16) if x.dtype == torch.float32 else (x.dtype,)
         _checks.check(gradient_dtype in allowed, "gradient_dtype", f"one of {allowed}", gradient_dtype)
@@ -87,52 +119,123 @@ class Backend(abc.ABC):
         for name, limit in (("grad_clip_value", grad_clip_value), ("grad_clip_norm", grad_clip_norm)):
             _checks.check(limit is None or 0 <= limit < math.inf, name, "None or a number >= 0", limit)
         return self._plan(
-            x, n_gradients=n_gradients, gradient_dtype=gradient_dtype, weights_per_chain=weights_per_chain, seed=seed,
-            first_chain=first_chain, stream=stream, clamp=clamp, grad_clip_value=grad_clip_value, grad_clip_norm=grad_clip_norm,
-            frozen_mask=frozen_mask, faults=faults,
-        )  # fmt: skip
+            x,
+            n_gradients=n_gradients,
+            gradient_dtype=gradient_dtype,
+            weights_per_chain=weights_per_chain,
+            seed=seed,
+            first_chain=first_chain,
+            stream=stream,
+            clamp=clamp,
+            grad_clip_value=grad_clip_value,
+            grad_clip_norm=grad_clip_norm,
+            frozen_mask=frozen_mask,
+            faults=faults,
+        )
 
     def step(
-        self, x: torch.Tensor, gradients: Gradients, weights: torch.Tensor | None, drift: float, noise: float, *, seed: int, step: int,
+        self,
+        x: torch.Tensor,
+        gradients: Gradients,
+        weights: torch.Tensor | None,
+        drift: float,
+        noise: float,
+        *,
+        seed: int,
+        step: int,
         **options,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """One step, in place: `prepare` and its plan in one. ``options`` are those of `prepare`."""
         stacked = isinstance(gradients, torch.Tensor)
         dtype = gradients.dtype if stacked else gradients[0].dtype if gradients else x.dtype
         per_chain = weights is not None and weights.ndim == 2
         plan = self.prepare(
-            x, n_gradients=len(gradients), gradient_dtype=dtype, weights_per_chain=per_chain, seed=seed, **options
+            x,
+            n_gradients=len(gradients),
+            gradient_dtype=dtype,
+            weights_per_chain=per_chain,
+            seed=seed,
+            **options,
         )
         plan(gradients, weights, drift, noise, step)
 
     def normal(
-        self, shape: Sequence[int], chains: int, *, seed: int, step: int, stream: int = rng.NOISE, first_chain: int = 0,
-        first_element: int = 0, device: torch.device | str | None = None,
-    ) -> torch.Tensor:  # fmt: skip
+        self,
+        shape: Sequence[int],
+        chains: int,
+        *,
+        seed: int,
+        step: int,
+        stream: int = rng.NOISE,
+        first_chain: int = 0,
+        first_element: int = 0,
+        device: torch.device | str | None = None,
+    ) -> torch.Tensor:
         """Standard normals, float32 ``[chains, *shape]``: the bits of `ebmfast.rng.normal`."""
         return self._filled(
-            shape, chains, device, uniform=False, seed=seed, step=step, stream=stream, first_chain=first_chain, first_element=first_element
+            shape,
+            chains,
+            device,
+            uniform=False,
+            seed=seed,
+            step=step,
+            stream=stream,
+            first_chain=first_chain,
+            first_element=first_element,
         )
 
     def uniform(
-        self, shape: Sequence[int], chains: int, *, seed: int, step: int, stream: int = rng.NOISE, first_chain: int = 0,
-        first_element: int = 0, device: torch.device | str | None = None,
-    ) -> torch.Tensor:  # fmt: skip
+        self,
+        shape: Sequence[int],
+        chains: int,
+        *,
+        seed: int,
+        step: int,
+        stream: int = rng.NOISE,
+        first_chain: int = 0,
+        first_element: int = 0,
+        device: torch.device | str | None = None,
+    ) -> torch.Tensor:
         """Uniforms in (0, 1), float32 ``[chains, *shape]``: the bits of `ebmfast.rng.uniform`."""
         return self._filled(
-            shape, chains, device, uniform=True, seed=seed, step=step, stream=stream, first_chain=first_chain, first_element=first_element
+            shape,
+            chains,
+            device,
+            uniform=True,
+            seed=seed,
+            step=step,
+            stream=stream,
+            first_chain=first_chain,
+            first_element=first_element,
         )
 
-    def _filled(self, shape, chains, device, *, uniform, seed, step, stream, first_chain, first_element) -> torch.Tensor:
+    def _filled(
+        self, shape, chains, device, *, uniform, seed, step, stream, first_chain, first_element
+    ) -> torch.Tensor:
         _checks.check_noise_id(seed=seed, step=step, stream=stream, first_chain=first_chain, chains=chains)
         last = first_element + math.prod(shape)
-        _checks.check(first_element % 4 == 0 and 0 <= first_element <= last <= rng.MAX_ELEMENTS, "first_element",
-                      "a multiple of 4, with all elements below 2^34", first_element)  # fmt: skip
+        _checks.check(
+            first_element % 4 == 0 and 0 <= first_element <= last <= rng.MAX_ELEMENTS,
+            "first_element",
+            "a multiple of 4, with all elements below 2^34",
+            first_element,
+        )
         out = torch.empty((chains, *shape), dtype=torch.float32, device=device)
         reason = self.unsuitable(out.device)
-        _checks.check(reason is None, "device", f"one that backend {self.name!r} can work on", f"{out.device} ({reason})")
+        _checks.check(
+            reason is None,
+            "device",
+            f"one that backend {self.name!r} can work on",
+            f"{out.device} ({reason})",
+        )
         self._fill(
-            out, uniform=uniform, seed=seed, step=step, stream=stream, first_chain=first_chain, first_element=first_element
+            out,
+            uniform=uniform,
+            seed=seed,
+            step=step,
+            stream=stream,
+            first_chain=first_chain,
+            first_element=first_element,
         )
         return out
 
@@ -176,29 +279,55 @@ class CpuBackend(Backend):
 
     def _fill(self, out, *, uniform, **noise_id) -> None:
         size = math.prod(out.shape[1:])
-        core.fill(out.data_ptr(), out.shape[0], size, uniform=uniform, threads=torch.get_num_threads(), **noise_id)
+        core.fill(
+            out.data_ptr(), out.shape[0], size, uniform=uniform, threads=torch.get_num_threads(), **noise_id
+        )
 
 
 class _CpuPlan:
-    """Called every step, so its checks are the cheap ones; what fails them goes to the checks that explain."""
+    """Called every step, so its checks are the cheap ones; what fails them goes to the checks that
+    explain."""
 
     __slots__ = ("_dtype", "_keep", "_n", "_run", "_shape", "_stacked", "_weights", "_weights_shape", "_x")
 
     def __init__(
-        self, x, *, n_gradients, gradient_dtype, weights_per_chain, seed, first_chain, stream, clamp, grad_clip_value, grad_clip_norm,
-        frozen_mask, faults,
-    ) -> None:  # fmt: skip
+        self,
+        x,
+        *,
+        n_gradients,
+        gradient_dtype,
+        weights_per_chain,
+        seed,
+        first_chain,
+        stream,
+        clamp,
+        grad_clip_value,
+        grad_clip_norm,
+        frozen_mask,
+        faults,
+    ) -> None:
         self._x, self._n, self._dtype, self._shape = x, n_gradients, gradient_dtype, x.shape
         self._stacked = torch.Size((n_gradients, *x.shape))
         self._weights_shape = torch.Size((n_gradients, x.shape[0]) if weights_per_chain else (n_gradients,))
         self._weights: object = object()
         self._keep = (frozen_mask, faults)  # the plan holds their addresses
         self._run = core.StepPlan(
-            x=x.data_ptr(), batch=x.shape[0], size=math.prod(x.shape[1:]), n_gradients=n_gradients, bf16=gradient_dtype == torch.bfloat16,
-            weights_per_chain=weights_per_chain, seed=seed, stream=stream, first_chain=first_chain, clamp=clamp,
-            clip_value=grad_clip_value, clip_norm=grad_clip_norm, frozen=0 if frozen_mask is None else frozen_mask.data_ptr(),
-            frozen_per_chain=frozen_mask is not None and frozen_mask.ndim == x.ndim, faults=0 if faults is None else faults.data_ptr(),
-        ).run  # fmt: skip
+            x=x.data_ptr(),
+            batch=x.shape[0],
+            size=math.prod(x.shape[1:]),
+            n_gradients=n_gradients,
+            bf16=gradient_dtype == torch.bfloat16,
+            weights_per_chain=weights_per_chain,
+            seed=seed,
+            stream=stream,
+            first_chain=first_chain,
+            clamp=clamp,
+            clip_value=grad_clip_value,
+            clip_norm=grad_clip_norm,
+            frozen=0 if frozen_mask is None else frozen_mask.data_ptr(),
+            frozen_per_chain=frozen_mask is not None and frozen_mask.ndim == x.ndim,
+            faults=0 if faults is None else faults.data_ptr(),
+        ).run
 
     def __call__(self, gradients, weights, drift, noise, step) -> None:
         dtype = self._dtype
@@ -208,7 +337,9 @@ class _CpuPlan:
             addresses = gradients.data_ptr()
         else:
             shape = self._shape
-            if len(gradients) != self._n or any(g.dtype is not dtype or g.shape != shape or not _plain(g) for g in gradients):
+            if len(gradients) != self._n or any(
+                g.dtype is not dtype or g.shape != shape or not _plain(g) for g in gradients
+            ):
                 _checks.check_gradients(self._x, gradients, self._n, dtype)
             addresses = [g.data_ptr() for g in gradients]
         if self._n == 0:
@@ -227,7 +358,10 @@ def _plain(tensor: torch.Tensor) -> bool:
     return tensor.is_cpu and tensor.is_contiguous()
 
 
-_NOT_BUILT = "this version has no {name} kernels yet; use backend='reference' on a GPU, or CPU tensors with backend='cpu'"
+_NOT_BUILT = (
+    "this version has no {name} kernels yet; "
+    "use backend='reference' on a GPU, or CPU tensors with backend='cpu'"
+)
 _BACKENDS: dict[str, Backend] = {b.name: b for b in (ReferenceBackend(), CpuBackend())}
 NAMES = ("reference", "cpu", "triton", "cuda")
 _FASTEST_FIRST = ("cuda", "triton", "cpu", "reference")

@@ -25,11 +25,16 @@ KNOWN_ANSWERS = (
     ),
 )
 # The normals of the first of them: `rng.normal((4,), 1, seed=0, step=0, stream=rng.INIT)`.
-KNOWN_NORMALS = ("0x1.fb76660000000p-1", "-0x1.d96d600000000p-1", "-0x1.3c373e0000000p-1", "-0x1.eda3640000000p-2")
+KNOWN_NORMALS = (
+    "0x1.fb76660000000p-1",
+    "-0x1.d96d600000000p-1",
+    "-0x1.3c373e0000000p-1",
+    "-0x1.eda3640000000p-2",
+)
 
 
 def run(stream: TextIO | None = None) -> int:
-    """Prints versions, build, backends; runs the known answers and one step of each backend against the reference.
+    """Prints versions, build and backends; runs the known answers, and each backend against the reference.
 
     Returns 0 if every check passed, else 1.
     """
@@ -37,7 +42,10 @@ def run(stream: TextIO | None = None) -> int:
     for name, value in _facts():
         print(f"{name:<12} {value}", file=stream)
     for name, reason in backends.available().items():
-        print(f"{'backend':<12} {name}: {'available' if reason is None else 'not available: ' + reason}", file=stream)
+        print(
+            f"{'backend':<12} {name}: {'available' if reason is None else 'not available: ' + reason}",
+            file=stream,
+        )
     failures = 0
     for name, check in _checks():
         problem = _problem_of(check)
@@ -54,7 +62,9 @@ def _facts() -> Iterator[tuple[str, object]]:
     yield "torch", f"{torch.__version__}, {torch.get_num_threads()} threads"
     yield "compiler", f"{build['compiler']}, {build['flags']}"
     yield "cuda", "kernels built" if build["cuda"] else "kernels not built"
-    levels = (f"{name} ({lanes} lanes{'' if here else ', not on this CPU'})" for name, here, lanes in core.levels())
+    levels = (
+        f"{name} ({lanes} lanes{'' if here else ', not on this CPU'})" for name, here, lanes in core.levels()
+    )
     yield "isa", f"{core.isa()}; built: {', '.join(levels)}"
 
 
@@ -79,7 +89,9 @@ def _known_answers() -> None:
     for counter, key, expected in KNOWN_ANSWERS:
         got = rng.philox(counter, key)
         if got != expected:
-            raise AssertionError(f"philox{counter, key} is {[f'{w:08x}' for w in got]}, not {[f'{w:08x}' for w in expected]}")
+            raise AssertionError(
+                f"philox{counter, key} is {[f'{w:08x}' for w in got]}, not {[f'{w:08x}' for w in expected]}"
+            )
 
 
 def _device_of(name: str) -> str:
@@ -88,7 +100,11 @@ def _device_of(name: str) -> str:
 
 def _known_normals(name: str) -> None:
     device = _device_of(name)
-    got = backends.resolve(name, device).normal((4,), 1, seed=0, step=0, stream=rng.INIT, device=device)[0].tolist()
+    got = (
+        backends.resolve(name, device)
+        .normal((4,), 1, seed=0, step=0, stream=rng.INIT, device=device)[0]
+        .tolist()
+    )
     if tuple(v.hex() for v in got) != KNOWN_NORMALS:
         raise AssertionError(f"got {[v.hex() for v in got]}, not {list(KNOWN_NORMALS)}")
 
@@ -100,8 +116,15 @@ def _step_parity(name: str) -> None:
     gradients = torch.randn(2, 5, 3, 7, 11, generator=generator).to(device)
     weights = torch.tensor([1.0, -0.5], device=device)
     expected = x.clone()
-    options = {"seed": 2**63 + 1, "step": 3, "first_chain": 2**32 - 2, "clamp": (-2.0, 2.0), "grad_clip_norm": 10.0}
+    options = {
+        "seed": 2**63 + 1,
+        "step": 3,
+        "first_chain": 2**32 - 2,
+        "clamp": (-2.0, 2.0),
+        "grad_clip_norm": 10.0,
+    }
     backends.resolve(name, device).step(x, gradients, weights, 0.1, 0.3, **options)
     reference.langevin_step(expected, gradients, weights, 0.1, 0.3, **options)
     if not torch.equal(x, expected):
-        raise AssertionError(f"{int((x != expected).sum())} of {x.numel()} values differ, by {(x - expected).abs().max():.3g} at most")
+        wrong, worst = int((x != expected).sum()), float((x - expected).abs().max())
+        raise AssertionError(f"{wrong} of {x.numel()} values differ, by {worst:.3g} at most")

@@ -1,4 +1,4 @@
-"""The specification of the kernels, in plain torch: slow, readable, any device. Every kernel is tested against it."""
+"""The specification, in plain torch: slow, readable, any device. Every kernel is tested against it."""
 
 from __future__ import annotations
 
@@ -16,33 +16,46 @@ NORM_LANES = 16
 
 
 def langevin_step(
-    x: torch.Tensor, gradients: torch.Tensor | Sequence[torch.Tensor], weights: torch.Tensor | None, drift: float, noise: float, *,
-    seed: int, step: int, first_chain: int = 0, stream: int = rng.NOISE, clamp: tuple[float, float] | None = None,
-    grad_clip_value: float | None = None, grad_clip_norm: float | None = None, frozen_mask: torch.Tensor | None = None,
+    x: torch.Tensor,
+    gradients: torch.Tensor | Sequence[torch.Tensor],
+    weights: torch.Tensor | None,
+    drift: float,
+    noise: float,
+    *,
+    seed: int,
+    step: int,
+    first_chain: int = 0,
+    stream: int = rng.NOISE,
+    clamp: tuple[float, float] | None = None,
+    grad_clip_value: float | None = None,
+    grad_clip_norm: float | None = None,
+    frozen_mask: torch.Tensor | None = None,
     faults: torch.Tensor | None = None,
-) -> None:  # fmt: skip
+) -> None:
     r"""One fused Langevin step, in place:
 
-    .. math:: x \leftarrow \mathrm{clamp}\big(x - \mathrm{drift} \cdot \mathrm{clip}(\textstyle\sum_k w_k g_k) + \mathrm{noise} \cdot z\big),
-        \qquad z \sim N(0, I)
+    .. math:: x \leftarrow \mathrm{clamp}\Big(x - \mathrm{drift} \cdot \mathrm{clip}\Big(\sum_k w_k g_k\Big)
+        + \mathrm{noise} \cdot z\Big), \qquad z \sim N(0, I)
 
-    Every operation is one separately rounded operation of ``x.dtype``, in this order: ``g = w_0 g_0``, then ``g = g + w_k g_k``
-    for k = 1 ..; the elementwise clip; ``g = g * s`` with s from `clip_scale`; ``t = x - drift * g`` (not for K = 0);
-    ``t = t + noise * z`` (not for noise = 0); an element whose t is not finite keeps its old value; clamp.
+    Every operation is one separately rounded operation of ``x.dtype``, in this order: ``g = w_0 g_0``, then
+    ``g = g + w_k g_k`` for k = 1 ..; the elementwise clip; ``g = g * s`` with s from `clip_scale`; ``t = x -
+    drift * g`` (not for K = 0); ``t = t + noise * z`` (not for noise = 0); an element whose t is not finite
+    keeps its old value; clamp.
 
     Args:
         x: state ``[B, *S]``, float32 (kernels) or float64, contiguous; updated in place.
         gradients: ``[K, B, *S]``, or K tensors ``[B, *S]``, float32 or bfloat16. K = 0 is pure noise.
         weights: ``[K]`` or ``[K, B]`` float32; None only for K = 0.
         drift, noise: coefficients, rounded to float32 first.
-        seed, step, first_chain, stream: name the noise; row b is chain ``first_chain + b`` (see `ebmfast.rng`).
+        seed, step, first_chain, stream: name the noise (`ebmfast.rng`); row b is chain ``first_chain + b``.
         clamp: bounds applied last.
         grad_clip_value: each element of g is brought into ``[-c, c]``.
         grad_clip_norm: g of each chain is scaled to an L2 norm of at most c.
-        frozen_mask: bool ``[*S]`` or ``[B, *S]``; True elements never move, cannot fault, and do not count in the norm.
-        faults: int64 ``[B]``. A chain whose entry is not 0 on entry is left as it is. One with a non-finite t gets
-            ``(step + 1) << 16 | (k + 1)``, k the first gradient that is not finite in an element that may move, or
-            ``(step + 1) << 16`` if all of them are finite.
+        frozen_mask: bool ``[*S]`` or ``[B, *S]``; True elements never move, cannot fault, and do not count in
+            the norm.
+        faults: int64 ``[B]``. A chain whose entry is not 0 on entry is left as it is. One with a non-finite t
+            gets ``(step + 1) << 16 | (k + 1)``, k the first gradient that is not finite in an element that
+            may move, or ``(step + 1) << 16`` if all of them are finite.
     """
     drift, noise = _float32(drift), _float32(noise)
     batch, size = x.shape[0], math.prod(x.shape[1:])
@@ -63,7 +76,9 @@ def langevin_step(
             g = g * clip_scale(torch.where(moves, g, 0.0), _float32(grad_clip_norm))[:, None]
         t = t - drift * g
     if noise != 0:
-        z = rng.normal((size,), batch, seed=seed, step=step, stream=stream, first_chain=first_chain, device=x.device)
+        z = rng.normal(
+            (size,), batch, seed=seed, step=step, stream=stream, first_chain=first_chain, device=x.device
+        )
         t = t + noise * z.to(x.dtype)
 
     finite = torch.isfinite(t)
@@ -77,7 +92,7 @@ def langevin_step(
 
 
 def combine(gradients: Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
-    """``sum_k w_k g_k`` in ascending k, products and sums rounded one by one; gradients ``[B, N]``, weights ``[K]`` or ``[K, B]``."""
+    """``sum_k w_k g_k`` in ascending k, each operation rounded; g_k ``[B, N]``, w ``[K]`` or ``[K, B]``."""
     if weights.ndim == 2:
         weights = weights[:, :, None]
     total = weights[0] * gradients[0]
@@ -87,10 +102,11 @@ def combine(gradients: Sequence[torch.Tensor], weights: torch.Tensor) -> torch.T
 
 
 def clip_scale(g: torch.Tensor, limit: float) -> torch.Tensor:
-    """``min(1, limit / ||g||)`` of each row of ``[B, N]``, and NaN where the norm is not finite (then nothing of the chain moves).
+    """``min(1, limit / ||g||)`` of each row of ``[B, N]``; NaN where the norm is not finite: nothing moves.
 
-    The order of the sum is part of the specification: blocks of 4096 elements; in a block, element i adds its square in float64
-    to lane i % 16, lanes are then folded in halves (l + 8, + 4, + 2, + 1); block sums are added in ascending order.
+    The order of the sum is part of the specification: blocks of 4096 elements; in a block, element i adds its
+    square in float64 to lane i % 16, lanes are then folded in halves (l + 8, + 4, + 2, + 1); block sums are
+    added in ascending order.
     """
     batch, size = g.shape
     blocks = -(-size // NORM_BLOCK)
@@ -105,13 +121,15 @@ def clip_scale(g: torch.Tensor, limit: float) -> torch.Tensor:
     total = squares.new_zeros(batch)
     for block in lanes[:, :, 0].unbind(1):
         total = total + block
-    norm = total.new_tensor([math.sqrt(t) for t in total.tolist()])  # math.sqrt is correctly rounded, torch's is not
+    norm = total.new_tensor(
+        [math.sqrt(t) for t in total.tolist()]
+    )  # math.sqrt is correctly rounded, torch's is not
     scale = torch.where(norm > limit, limit / norm, 1.0)
     return torch.where(torch.isfinite(norm), scale, math.nan).to(g.dtype)
 
 
 def blame(gradients: Sequence[torch.Tensor], moves: torch.Tensor) -> torch.Tensor:
-    """1 + the first gradient that is not finite in a moving element of each chain, 0 where there is none; int64 ``[B]``."""
+    """1 + the first gradient that is not finite in a moving element, 0 if there is none; int64 ``[B]``."""
     culprit = torch.zeros(moves.shape[0], dtype=torch.int64, device=moves.device)
     for k in reversed(range(len(gradients))):
         culprit[(moves & ~torch.isfinite(gradients[k])).any(dim=1)] = k + 1

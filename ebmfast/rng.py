@@ -1,16 +1,16 @@
 """The noise contract: which random number belongs to which element of which chain, bit for bit.
 
-Every number is a pure function of ``(seed, stream, step, chain, element)``, so a chain sees the same noise in any batch, slot,
-shard, worker or device. The counter-based generator is Philox4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel random numbers:
-as easy as 1, 2, 3", SC'11):
+Every number is a pure function of ``(seed, stream, step, chain, element)``, so a chain sees the same noise in
+any batch, slot, shard, worker or device. The counter-based generator is Philox4x32-10 (Salmon, Moraes, Dror
+and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC'11):
 
     key     = (seed bits 0..31, seed bits 32..63)
     counter = (element // 4, step, chain bits 0..31, stream << 28 | chain bits 32..59)
 
-``element`` is the row-major index in one chain's state. The four words of a call serve elements ``4 i .. 4 i + 3``: one uniform per
-word, or one pair of normals per pair of words by Box-Muller. The float32 arithmetic is made of separately rounded IEEE additions
-and multiplications and a correctly rounded square root, in the order written here. This file is the specification: the C++,
-CUDA and Triton kernels reproduce its bits.
+``element`` is the row-major index in one chain's state. The four words of a call serve four consecutive
+elements: one uniform per word, or one pair of normals per pair of words by Box-Muller. The float32 arithmetic
+is made of separately rounded IEEE additions and multiplications and a correctly rounded square root, in the
+order written here. This file is the specification: the C++, CUDA and Triton kernels reproduce its bits.
 """
 
 from __future__ import annotations
@@ -22,7 +22,18 @@ from collections.abc import Sequence
 import torch
 
 __all__ = [
-    "ACCEPT", "INIT", "MOMENTUM", "NOISE", "USER", "box_muller", "normal", "philox", "resolve_seed", "uniform", "uniform_from_words", "words",
+    "ACCEPT",
+    "INIT",
+    "MOMENTUM",
+    "NOISE",
+    "USER",
+    "box_muller",
+    "normal",
+    "philox",
+    "resolve_seed",
+    "uniform",
+    "uniform_from_words",
+    "words",
 ]
 
 INIT, NOISE, MOMENTUM, ACCEPT, USER = range(5)
@@ -33,12 +44,15 @@ _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
-# -2 ln(m 2^e) = e C + f Q(f), f = m - 1, m in [sqrt(1/2), sqrt(2)): minimax in relative error, 3.0e-8 before rounding.
+# -2 ln(m 2^e) = e C + f Q(f), f = m - 1, m in [sqrt(1/2), sqrt(2)): relative error 3.0e-8 before rounding.
 _LOG_C = float.fromhex("-0x1.62e430p+0")
-_LOG_Q = tuple(map(float.fromhex, (
-    "-0x1.65c77cp-3", "0x1.2504a0p-2", "-0x1.318526p-2", "0x1.535d30p-2", "-0x1.98d2c0p-2", "0x1.00049ap-1", "-0x1.5556f4p-1",
-    "0x1.fffffap-1", "-0x1.0p+1",
-)))  # fmt: skip
+_LOG_Q = tuple(
+    float.fromhex(c)
+    for c in (
+        *("-0x1.65c77cp-3", "0x1.2504a0p-2", "-0x1.318526p-2", "0x1.535d30p-2", "-0x1.98d2c0p-2"),
+        *("0x1.00049ap-1", "-0x1.5556f4p-1", "0x1.fffffap-1", "-0x1.0p+1"),
+    )
+)
 # sin x = x + x (y S(y)), cos x = 1 + y C(y), y = x^2, |x| <= pi/4: 3.6e-9 and 3.2e-8 before rounding.
 _SIN = tuple(map(float.fromhex, ("-0x1.994eb4p-13", "0x1.110760p-7", "-0x1.555546p-3")))
 _COS = tuple(map(float.fromhex, ("-0x1.647572p-10", "0x1.553f94p-5", "-0x1.ffffbap-2")))
@@ -49,8 +63,8 @@ _SQRT_HALF_BITS = 0x3F3504F3
 def philox(counter: Sequence, key: Sequence) -> tuple:
     """Philox4x32-10: four 32-bit words from a counter of four words and a key of two.
 
-    Words are held in 64-bit integers. Works on ints, int64 tensors and int64 numpy arrays alike (products may wrap around 2^64,
-    which leaves both halves right once masked).
+    Words are held in 64-bit integers. Works on ints, int64 tensors and int64 numpy arrays alike (products may
+    wrap around 2^64, which leaves both halves right once masked).
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -62,11 +76,18 @@ def philox(counter: Sequence, key: Sequence) -> tuple:
 
 
 def words(
-    n_elements: int, chains: int | torch.Tensor | Sequence[int], *, seed: int, step: int, stream: int = NOISE, first_chain: int = 0,
-    first_element: int = 0, device: torch.device | str | None = None,
-) -> tuple[torch.Tensor, int]:  # fmt: skip
-    """The Philox words that cover elements ``first_element ..`` of each chain: int64 ``[n, blocks, 4]``, and how many leading
-    words belong to earlier elements."""
+    n_elements: int,
+    chains: int | torch.Tensor | Sequence[int],
+    *,
+    seed: int,
+    step: int,
+    stream: int = NOISE,
+    first_chain: int = 0,
+    first_element: int = 0,
+    device: torch.device | str | None = None,
+) -> tuple[torch.Tensor, int]:
+    """The Philox words of elements ``first_element ..`` of each chain, int64 ``[n, blocks, 4]``, and how many
+    leading words belong to earlier elements."""
     seed = resolve_seed(seed)
     _check_range("step", step, 1 << 32)
     _check_range("stream", stream, 16)
@@ -88,7 +109,8 @@ def uniform_from_words(w: torch.Tensor) -> torch.Tensor:
 
 
 def box_muller(w0: torch.Tensor, w1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two standard normals from two words: ``r cos a, r sin a``, ``r = sqrt(-2 ln u(w0))``, ``a = 2 pi w1 / 2^32``.
+    """Two normals from two words: ``r cos a, r sin a`` with ``r = sqrt(-2 ln u(w0))``, ``a = 2 pi w1 /
+    2^32``.
 
     Absolute error below 1e-6 (5 ulp); reaches out to 6.76.
     """
@@ -110,33 +132,66 @@ def box_muller(w0: torch.Tensor, w1: torch.Tensor) -> tuple[torch.Tensor, torch.
 
 
 def normal(
-    shape: Sequence[int], chains: int | torch.Tensor | Sequence[int], *, seed: int, step: int, stream: int = NOISE, first_chain: int = 0,
-    first_element: int = 0, device: torch.device | str | None = None,
-) -> torch.Tensor:  # fmt: skip
+    shape: Sequence[int],
+    chains: int | torch.Tensor | Sequence[int],
+    *,
+    seed: int,
+    step: int,
+    stream: int = NOISE,
+    first_chain: int = 0,
+    first_element: int = 0,
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
     """Standard normals, float32 ``[n, *shape]``; ``shape`` is one chain's.
 
-    ``chains`` is a count (ids ``first_chain ..``) or the chain ids themselves, below 2^60. ``first_element`` starts the
-    row-major numbering elsewhere than at 0. Raises ValueError for a seed, step, stream, chain or element outside its range.
+    ``chains`` is a count (ids ``first_chain ..``) or the chain ids themselves, below 2^60. ``first_element``
+    starts the row-major numbering elsewhere than at 0. Raises ValueError for a seed, step, stream, chain or
+    element outside its range.
     """
     n_elements = math.prod(shape)
-    w, skip = words(n_elements, chains, seed=seed, step=step, stream=stream, first_chain=first_chain, first_element=first_element, device=device)
+    w, skip = words(
+        n_elements,
+        chains,
+        seed=seed,
+        step=step,
+        stream=stream,
+        first_chain=first_chain,
+        first_element=first_element,
+        device=device,
+    )
     n0, n1 = box_muller(w[..., 0], w[..., 1])
     n2, n3 = box_muller(w[..., 2], w[..., 3])
     return _take(torch.stack((n0, n1, n2, n3), dim=-1), skip, n_elements, shape)
 
 
 def uniform(
-    shape: Sequence[int], chains: int | torch.Tensor | Sequence[int], *, seed: int, step: int, stream: int = NOISE, first_chain: int = 0,
-    first_element: int = 0, device: torch.device | str | None = None,
-) -> torch.Tensor:  # fmt: skip
+    shape: Sequence[int],
+    chains: int | torch.Tensor | Sequence[int],
+    *,
+    seed: int,
+    step: int,
+    stream: int = NOISE,
+    first_chain: int = 0,
+    first_element: int = 0,
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
     """Uniforms in (0, 1), float32 ``[n, *shape]``; arguments as in `normal`."""
     n_elements = math.prod(shape)
-    w, skip = words(n_elements, chains, seed=seed, step=step, stream=stream, first_chain=first_chain, first_element=first_element, device=device)
+    w, skip = words(
+        n_elements,
+        chains,
+        seed=seed,
+        step=step,
+        stream=stream,
+        first_chain=first_chain,
+        first_element=first_element,
+        device=device,
+    )
     return _take(uniform_from_words(w), skip, n_elements, shape)
 
 
 def resolve_seed(seed: int | torch.Generator | None) -> int:
-    """A seed in ``[0, 2^64)``: the int itself; one draw from a `torch.Generator`; for None, one from torch's global generator."""
+    """A seed in ``[0, 2^64)``: the int itself, or one draw from the generator (None: torch's global one)."""
     if seed is None or isinstance(seed, torch.Generator):
         device = seed.device if seed is not None else "cpu"
         return int(torch.randint(0, 2**63 - 1, (), dtype=torch.int64, generator=seed, device=device))
@@ -153,13 +208,17 @@ def _horner(coefficients: Sequence[float], x: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def _chain_ids(chains: int | torch.Tensor | Sequence[int], first_chain: int, device: torch.device | str | None) -> torch.Tensor:
+def _chain_ids(
+    chains: int | torch.Tensor | Sequence[int], first_chain: int, device: torch.device | str | None
+) -> torch.Tensor:
     if isinstance(chains, int):
         _check_range("chains", chains, MAX_CHAINS + 1)
         _check_range("first_chain", first_chain, MAX_CHAINS - chains + 1)
         return torch.arange(first_chain, first_chain + chains, dtype=torch.int64, device=device)
     ids = torch.as_tensor(chains, dtype=torch.int64, device=device)
-    if ids.ndim != 1 or (ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < MAX_CHAINS - first_chain):
+    if ids.ndim != 1 or (
+        ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < MAX_CHAINS - first_chain
+    ):
         raise ValueError(f"`chains` must be a count or a 1-D list of ids in [0, 2^60), got {chains!r}")
     return ids + first_chain
 

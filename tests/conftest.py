@@ -13,7 +13,9 @@ from ebmfast._native import core
 
 REQUIRED = {name for name in os.environ.get("EBMFAST_REQUIRE", "").split(",") if name}
 # What parity is tested for: what can run here, and what must.
-KERNELS = [n for n, reason in backends.available().items() if n != "reference" and (reason is None or n in REQUIRED)]
+KERNELS = [
+    n for n, reason in backends.available().items() if n != "reference" and (reason is None or n in REQUIRED)
+]
 LEVELS = [name for name, supported, _ in core.levels() if supported]
 
 
@@ -28,7 +30,9 @@ def require_backend(name: str) -> backends.Backend:
 def pytest_configure(config: pytest.Config) -> None:
     unknown = REQUIRED - set(backends.NAMES)
     if unknown:
-        raise pytest.UsageError(f"EBMFAST_REQUIRE: unknown backends {sorted(unknown)}; known: {backends.NAMES}")
+        raise pytest.UsageError(
+            f"EBMFAST_REQUIRE: unknown backends {sorted(unknown)}; known: {backends.NAMES}"
+        )
 
 
 @pytest.fixture(params=LEVELS)
@@ -49,7 +53,7 @@ def threads() -> Iterator[None]:
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equality of shape, dtype and every bit: NaN equals itself only with the same payload, and -0 differs from 0."""
+    """Equality of shape, dtype and every bit: -0 differs from 0, and a NaN equals only its own payload."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     integer = {4: torch.int32, 8: torch.int64}[a.element_size()]

@@ -31,7 +31,11 @@ def test_as_a_module():
 def test_a_wrong_generator_is_noticed(monkeypatch):
     monkeypatch.setattr(rng, "_MULTIPLIERS", (0xD2511F53, 0xCD9E8D59))
     code, text = diagnose()
-    assert code == 1 and "Philox known answers: FAILED" in text and "cpu: one step equals the reference: FAILED" in text
+    assert (
+        code == 1
+        and "Philox known answers: FAILED" in text
+        and "cpu: one step equals the reference: FAILED" in text
+    )
 
 
 def test_a_wrong_kernel_is_noticed(monkeypatch):
@@ -39,7 +43,9 @@ def test_a_wrong_kernel_is_noticed(monkeypatch):
 
     def off_by_one_step(self, x, **options):
         inner = plan(self, x, **options)
-        return lambda gradients, weights, drift, noise, step: inner(gradients, weights, drift, noise, step + 1)
+        return lambda gradients, weights, drift, noise, step: inner(
+            gradients, weights, drift, noise, step + 1
+        )
 
     monkeypatch.setattr(backends.CpuBackend, "_plan", off_by_one_step)
     code, text = diagnose()
@@ -51,6 +57,8 @@ def test_a_crash_is_a_failure_not_an_exception(monkeypatch, name):
     def crash(*_, **__):
         raise RuntimeError("no such instruction")
 
-    monkeypatch.setattr({"reference": backends.ReferenceBackend, "cpu": backends.CpuBackend}[name], "_fill", crash)
+    monkeypatch.setattr(
+        {"reference": backends.ReferenceBackend, "cpu": backends.CpuBackend}[name], "_fill", crash
+    )
     code, text = diagnose()
     assert code == 1 and f"{name}: known normals: FAILED: RuntimeError: no such instruction" in text

@@ -77,6 +77,14 @@ def test_inside_compile():
 )
 def test_errors(change, message):
     x, gradients, weights = arguments()
-    call = {"x": x, "gradients": gradients, "weights": weights, "drift": 0.1, "noise": 0.1, "seed": 0, "step": 0}
+    call = {
+        "x": x,
+        "gradients": gradients,
+        "weights": weights,
+        "drift": 0.1,
+        "noise": 0.1,
+        "seed": 0,
+        "step": 0,
+    }
     with pytest.raises(ValueError, match=message):
         ops.langevin_step(**(call | change))

@@ -1,4 +1,4 @@
-"""The noise contract: known answers, an independent implementation, every kernel's bits, and the statistics."""
+"""The noise contract: known answers, an independent implementation, every kernel's bits, statistics."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from conftest import require_backend, same_bits
 from ebmfast import rng
 from ebmfast.doctor import KNOWN_ANSWERS
 
-# 1, 3, 5: tails of a Philox block. 8, 64: small chains sharing a register. 255, 256, 257: where chains stop sharing tiles, and
-# tails of a tile. 1031: several tiles and a tail.
+# 1, 3, 5: tails of a Philox block. 8, 64: small chains sharing a register. 255, 256, 257: where chains stop
+# sharing tiles, and tails of a tile. 1031: several tiles and a tail.
 SIZES = [0, 1, 2, 3, 5, 8, 64, 255, 256, 257, 1031]
 
 
@@ -38,7 +38,9 @@ def numpy_normals(n: int, chain: int, seed: int, step: int, stream: int) -> np.n
         a, b = counter[0] * np.uint64(0xD2511F53), counter[2] * np.uint64(0xCD9E8D57)
         x = np.uint64((k0 + r * 0x9E3779B9) % 2**32)
         y = np.uint64((k1 + r * 0xBB67AE85) % 2**32)
-        counter = np.stack([b >> np.uint64(32) ^ counter[1] ^ x, b & low, a >> np.uint64(32) ^ counter[3] ^ y, a & low])
+        counter = np.stack(
+            [b >> np.uint64(32) ^ counter[1] ^ x, b & low, a >> np.uint64(32) ^ counter[3] ^ y, a & low]
+        )
     w = counter.astype(np.uint32)
     return np.stack([*pair(w[0], w[1]), *pair(w[2], w[3])], axis=1).ravel()[:n]
 
@@ -130,7 +132,7 @@ def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def test_neighbours_are_independent(sample):
-    """Along a chain, across chains, across steps, streams and seeds: no correlation of values or of squares."""
+    """Along a chain, across chains, steps, streams and seeds: no correlation of values or of squares."""
     other = {"step": {"step": 1}, "stream": {"stream": rng.INIT}, "seed": {"seed": 12346}}
     base = {"seed": 12345, "step": 0, "stream": rng.NOISE}
     pairs = {f"lag {k}": (sample[:, k:], sample[:, :-k]) for k in (1, 2, 3, 4)}
@@ -178,7 +180,9 @@ def test_large_elements_do_not_wrap(isa, first):
 
 
 def test_first_element_continues_the_numbering():
-    assert same_bits(rng.normal((9,), 3, seed=1, step=0, first_element=5), rng.normal((14,), 3, seed=1, step=0)[:, 5:])
+    assert same_bits(
+        rng.normal((9,), 3, seed=1, step=0, first_element=5), rng.normal((14,), 3, seed=1, step=0)[:, 5:]
+    )
 
 
 def test_threads_do_not_change_bits(threads):

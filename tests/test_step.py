@@ -1,4 +1,4 @@
-"""Every backend's fused step against the specification, bit for bit; and the specification against its formula."""
+"""Every backend's fused step against the specification, bit for bit, and that against its formula."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from ebmfast import backends, reference, rng
 NAN, INF = math.nan, math.inf
 # The noise, every product and every sum is the same IEEE operation everywhere, so nothing may differ.
 TOLERANCE = {torch.float32: 0.0, torch.bfloat16: 0.0}
-# [B, *S]: nothing to do (no chain, no element); a single value; chains smaller than a Philox block, with sizes that are not
-# multiples of 4 and batches that fill a tile and more; the sizes around which chains stop sharing tiles; several tiles with a
-# tail; more than one block of the norm's sum.
+# [B, *S]: nothing to do (no chain, no element); a single value; chains smaller than a Philox block, with
+# sizes that are not multiples of 4 and batches that fill a tile and more; the sizes around which chains stop
+# sharing tiles; several tiles with a tail; more than one block of the norm's sum.
 SHAPES = [
-    (0, 4), (3, 0), (1, 1), (300, 2), (65, 3), (64, 8), (9, 3, 7), (3, 255), (3, 256), (2, 257), (2, 1023), (2, 3, 37, 41)
+    (0, 4), (3, 0), (1, 1), (300, 2), (65, 3), (64, 8), (9, 3, 7), (3, 255), (3, 256), (2, 257), (2, 1023),
+    (2, 3, 37, 41),
 ]  # fmt: skip
 
 
@@ -65,7 +66,11 @@ def test_parity(name, shape, dtype, options):
     for per_chain, masked in itertools.product((False, True), (False, True)):
         x, gradients, weights = problem(shape, dtype, per_chain=per_chain)
         expected = x.clone()
-        extra = {"frozen_mask": torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.4} if masked else {}
+        extra = (
+            {"frozen_mask": torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.4}
+            if masked
+            else {}
+        )
         call = {"seed": 2**63 + 5, "step": 9, "first_chain": 2**32 - 3, **options, **extra}
         reference.langevin_step(expected, gradients, weights, 0.37, 0.61, **call)
         backend.step(x, gradients, weights, 0.37, 0.61, **call)
@@ -124,7 +129,9 @@ def test_the_formula():
     expected = x - 0.5 * torch.einsum("k,kbs->bs", weights, gradients)
     torch.testing.assert_close(y, expected, rtol=1e-14, atol=1e-14)
     reference.langevin_step(y, [], None, 0.5, 0.25, seed=1, step=2)
-    torch.testing.assert_close(y, expected + 0.25 * rng.normal((6,), 4, seed=1, step=2), rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(
+        y, expected + 0.25 * rng.normal((6,), 4, seed=1, step=2), rtol=1e-14, atol=1e-14
+    )
 
 
 @pytest.mark.parametrize("size", [5, 4096, 4097, 9000])
@@ -175,7 +182,7 @@ def test_nonfinite_values_without_a_fault_record_keep_the_old_value(name):
 @pytest.mark.parametrize("name", ["reference", *KERNELS])
 @pytest.mark.parametrize("per_chain", [False, True])
 def test_frozen_elements(name, per_chain):
-    """They neither move, nor clamp, nor fault, nor count in the norm; the noise of the others is what it was."""
+    """They neither move, clamp, fault nor count in the norm; the noise of the others is what it was."""
     backend = require_backend(name)
     x, gradients, weights = problem((3, 2, 50))
     mask = torch.zeros((3, 2, 50) if per_chain else (2, 50), dtype=torch.bool)
@@ -187,7 +194,9 @@ def test_frozen_elements(name, per_chain):
     assert torch.equal(x[..., :10], before[..., :10]) and torch.equal(x[..., 10:], free[..., 10:])
     gradients[..., 0] = NAN
     faults = torch.zeros(3, dtype=torch.int64)
-    backend.step(x, gradients, weights, 0.1, 0.3, seed=1, step=1, frozen_mask=mask, faults=faults, grad_clip_norm=1.0)
+    backend.step(
+        x, gradients, weights, 0.1, 0.3, seed=1, step=1, frozen_mask=mask, faults=faults, grad_clip_norm=1.0
+    )
     assert faults.tolist() == [0, 0, 0] and torch.isfinite(x).all()
 
 
@@ -260,7 +269,10 @@ W = torch.ones(1)
         ({"gradients": torch.zeros(1, 2, 4)}, r"`gradients` must be of shape \[1, 2, 3\], got \[1, 2, 4\]"),
         ({"gradients": [torch.zeros(2, 4)]}, r"`gradients\[0\]` must be of shape \[2, 3\], got \[2, 4\]"),
         ({"gradients": [torch.zeros(3, 2).T]}, r"`gradients\[0\]` must be contiguous"),
-        ({"gradients": [X, X.bfloat16()], "weights": torch.ones(2)}, r"`gradients\[1\]` must be float32 on cpu, got bfl"),
+        (
+            {"gradients": [X, X.bfloat16()], "weights": torch.ones(2)},
+            r"`gradients\[1\]` must be float32 on cpu, got bfl",
+        ),
         ({"weights": torch.ones(2)}, r"`weights` must be of shape \[1\], got \[2\]"),
         ({"weights": torch.ones(1, 3)}, r"`weights` must be of shape \[1, 2\], got \[1, 3\]"),
         ({"weights": W.double()}, "`weights` must be float32 on cpu, got float64 on cpu"),
@@ -272,7 +284,10 @@ W = torch.ones(1)
         ({"grad_clip_norm": -1.0}, "`grad_clip_norm` must be None or a number >= 0, got -1.0"),
         ({"grad_clip_value": NAN}, "`grad_clip_value` must be None or a number >= 0, got nan"),
         ({"frozen_mask": torch.zeros(2, 3)}, "`frozen_mask` must be bool on cpu, got float32 on cpu"),
-        ({"frozen_mask": torch.zeros(2, dtype=torch.bool)}, r"`frozen_mask` must be of shape \[3\] or \[2, 3\], got \[2\]"),
+        (
+            {"frozen_mask": torch.zeros(2, dtype=torch.bool)},
+            r"`frozen_mask` must be of shape \[3\] or \[2, 3\], got \[2\]",
+        ),
         ({"faults": torch.zeros(3, dtype=torch.int64)}, r"`faults` must be of shape \[2\], got \[3\]"),
     ],
 )
@@ -297,7 +312,11 @@ def test_resolve():
     assert backends.resolve("auto", "cpu").name == "cpu"
     assert backends.resolve("reference", "meta").name == "reference"
     assert set(backends.available()) == set(backends.NAMES)
-    with pytest.raises(ValueError, match="`backend` must be one of auto, reference, cpu, triton, cuda, got 'gpu'"):
+    with pytest.raises(
+        ValueError, match="`backend` must be one of auto, reference, cpu, triton, cuda, got 'gpu'"
+    ):
         backends.resolve("gpu", "cpu")
-    with pytest.raises(backends.BackendUnavailableError, match="backend 'cpu' is not available: it cannot work on cuda"):
+    with pytest.raises(
+        backends.BackendUnavailableError, match="backend 'cpu' is not available: it cannot work on cuda"
+    ):
         backends.resolve("cpu", "cuda")

@@ -1,0 +1,29 @@
+# A fresh clone needs Python 3.11+, a C++17 compiler, make and a package registry.
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.installed
+NATIVE := $(wildcard csrc/* csrc/*/* cmake/*) CMakeLists.txt
+
+.PHONY: demo test lint bench clean
+
+# Rebuilt whenever the native sources or the requirements change; Python files need no reinstall.
+$(STAMP): pyproject.toml constraints.txt $(NATIVE)
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet -c constraints.txt -e '.[test,images,dev]'
+	touch $@
+
+demo: $(STAMP)
+	$(VENV)/bin/ebmfast demo --out demo.png
+
+test: $(STAMP)
+	$(VENV)/bin/python -m pytest -q
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check ebmfast kernels tests bench
+
+bench: $(STAMP)
+	$(VENV)/bin/python -m bench.noise
+	$(VENV)/bin/python -m bench.step
+
+clean:
+	rm -rf build dist $(VENV)/.installed
