@@ -3,7 +3,8 @@
 ====================  ==============================================  =============================
 ``reference``         plain torch (`ebmfast.reference`), any device   the specification; float64 too
 ``cpu``               C++ (`csrc/`), for CPU tensors                  bit for bit the reference
-``triton``, ``cuda``  GPU kernels                                     see `available` for why not
+``cuda``              CUDA C++ (`csrc/cuda`), EBMFAST_CUDA=ON         compiled, never run on a GPU
+``triton``            Triton                                          not in this version
 ====================  ==============================================  =============================
 
 Per step, with everything that does not change prepared once::
@@ -284,11 +285,28 @@ class CpuBackend(Backend):
         )
 
 
-class _CpuPlan:
-    """Called every step, so its checks are the cheap ones; what fails them goes to the checks that
-    explain."""
+class CudaBackend(Backend):
+    """CUDA C++ kernels, in stream order. Not in "auto": they have been compiled, never run on a GPU."""
 
-    __slots__ = ("_dtype", "_keep", "_n", "_run", "_shape", "_stacked", "_weights", "_weights_shape", "_x")
+    name = "cuda"
+
+    def unsuitable(self, device: torch.device) -> str | None:
+        return None if device.type == "cuda" else "its kernels read GPU memory"
+
+    def _plan(self, x, **options) -> Plan:
+        return _CudaPlan(x, **options)
+
+    def _fill(self, out, *, uniform, **noise_id) -> None:
+        with torch.cuda.device(out.device):
+            stream = torch.cuda.current_stream(out.device).cuda_stream
+            size = math.prod(out.shape[1:])
+            core.cuda_fill(
+                out.data_ptr(), out.shape[0], size, uniform=uniform, cuda_stream=stream, **noise_id
+            )
+
+
+class _NativePlan:
+    """Called every step, so its checks are the cheap ones; what fails them goes to the checks that explain."""
 
     def __init__(
         self,
@@ -307,11 +325,12 @@ class _CpuPlan:
         faults,
     ) -> None:
         self._x, self._n, self._dtype, self._shape = x, n_gradients, gradient_dtype, x.shape
+        self._device = x.device
         self._stacked = torch.Size((n_gradients, *x.shape))
-        self._weights_shape = torch.Size((n_gradients, x.shape[0]) if weights_per_chain else (n_gradients,))
+        self._per_chain = weights_per_chain
         self._weights: object = object()
         self._keep = (frozen_mask, faults)  # the plan holds their addresses
-        self._run = core.StepPlan(
+        args = core.step_args(
             x=x.data_ptr(),
             batch=x.shape[0],
             size=math.prod(x.shape[1:]),
@@ -323,70 +342,100 @@ class _CpuPlan:
             first_chain=first_chain,
             clamp=clamp,
             clip_value=grad_clip_value,
-            clip_norm=grad_clip_norm,
             frozen=0 if frozen_mask is None else frozen_mask.data_ptr(),
             frozen_per_chain=frozen_mask is not None and frozen_mask.ndim == x.ndim,
-            faults=0 if faults is None else faults.data_ptr(),
-        ).run
+        )
+        self._run = self._native(args, faults, grad_clip_norm)
 
-    def __call__(self, gradients, weights, drift, noise, step) -> None:
-        dtype = self._dtype
-        if isinstance(gradients, torch.Tensor):
-            if gradients.dtype is not dtype or gradients.shape != self._stacked or not _plain(gradients):
-                _checks.check_gradients(self._x, gradients, self._n, dtype)
-            addresses = gradients.data_ptr()
-        else:
-            shape = self._shape
-            if len(gradients) != self._n or any(
-                g.dtype is not dtype or g.shape != shape or not _plain(g) for g in gradients
-            ):
-                _checks.check_gradients(self._x, gradients, self._n, dtype)
-            addresses = [g.data_ptr() for g in gradients]
-        if self._n == 0:
-            address = 0
-        else:
-            if weights is not self._weights:  # most often the same tensor at every step
-                _checks.check_weights(self._x, weights, self._n, len(self._weights_shape) == 2)
-                self._weights = weights
-            address = weights.data_ptr()
+    def _addresses(self, gradients: Gradients, weights: torch.Tensor | None, step: int):
+        """The gradients' addresses (or the first, if stacked) and the weights', all of them checked."""
+        dtype, device = self._dtype, self._device
+        stacked = isinstance(gradients, torch.Tensor)
+        shape = self._stacked if stacked else self._shape
+        each = (gradients,) if stacked else gradients
+        fits = stacked or len(gradients) == self._n
+        for g in each:
+            if g.dtype is not dtype or g.shape != shape or g.device != device or not g.is_contiguous():
+                fits = False
+        if not fits:
+            _checks.check_gradients(self._x, gradients, self._n, dtype)
         if not 0 <= step < 4294967296:
             _checks.check_noise_id(step=step)
-        self._run(addresses, address, step, drift, noise, torch.get_num_threads())
+        if self._n == 0:
+            return (), 0
+        if weights is not self._weights:  # most often the same tensor at every step
+            _checks.check_weights(self._x, weights, self._n, self._per_chain)
+            self._weights = weights
+        return gradients.data_ptr() if stacked else [g.data_ptr() for g in gradients], weights.data_ptr()
 
 
-def _plain(tensor: torch.Tensor) -> bool:
-    return tensor.is_cpu and tensor.is_contiguous()
+class _CpuPlan(_NativePlan):
+    def _native(self, args, faults, clip_norm):
+        return core.StepPlan(args, _address(faults), clip_norm).run
+
+    def __call__(self, gradients, weights, drift, noise, step) -> None:
+        gradients, weights = self._addresses(gradients, weights, step)
+        self._run(gradients, weights, step, drift, noise, torch.get_num_threads())
 
 
-_NOT_BUILT = (
-    "this version has no {name} kernels yet; "
-    "use backend='reference' on a GPU, or CPU tensors with backend='cpu'"
-)
-_BACKENDS: dict[str, Backend] = {b.name: b for b in (ReferenceBackend(), CpuBackend())}
+class _CudaPlan(_NativePlan):
+    def _native(self, args, faults, clip_norm):
+        x = self._x
+        blocks = -(-math.prod(x.shape[1:]) // reference.NORM_BLOCK)
+        self._scratch = (
+            torch.zeros(x.shape[0], dtype=torch.uint8, device=x.device) if faults is not None else None,
+            torch.empty(x.shape[0], blocks, dtype=torch.float64, device=x.device)
+            if clip_norm is not None
+            else None,
+            torch.empty(x.shape[0], dtype=torch.float32, device=x.device) if clip_norm is not None else None,
+        )
+        return core.CudaPlan(args, _address(faults), clip_norm, *map(_address, self._scratch)).run
+
+    def __call__(self, gradients, weights, drift, noise, step) -> None:
+        gradients, weights = self._addresses(gradients, weights, step)
+        with torch.cuda.device(self._device):
+            self._run(gradients, weights, step, drift, noise, torch.cuda.current_stream().cuda_stream)
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _cuda_reason() -> str | None:
+    if not core.build_info()["cuda"]:
+        return "this build has no CUDA kernels; reinstall with EBMFAST_CUDA=ON (needs nvcc)"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    return None
+
+
+_BACKENDS: dict[str, Backend] = {b.name: b for b in (ReferenceBackend(), CpuBackend(), CudaBackend())}
+_REASONS = {
+    "triton": lambda: "this version has no Triton kernels; use backend='auto'",
+    "cuda": _cuda_reason,
+}
 NAMES = ("reference", "cpu", "triton", "cuda")
-_FASTEST_FIRST = ("cuda", "triton", "cpu", "reference")
+_AUTO = ("cpu", "reference")
 
 
 def available() -> dict[str, str | None]:
     """For each backend, None if it can run here, or why it cannot and what to do."""
-    return {name: None if name in _BACKENDS else _NOT_BUILT.format(name=name) for name in NAMES}
+    return {name: _REASONS[name]() if name in _REASONS else None for name in NAMES}
 
 
 def resolve(name: str, device: torch.device | str) -> Backend:
-    """The backend of that name, or for "auto" the fastest that is available and works on ``device``.
+    """The backend of that name; "auto" is the fastest one proven to work on ``device``.
 
     Raises:
         ValueError: unknown name.
         BackendUnavailableError: it is known but cannot run here, or not on this device.
     """
     device = torch.device(device)
-    reasons = available()
     if name == "auto":
-        usable = (_BACKENDS[n] for n in _FASTEST_FIRST if reasons[n] is None)
-        return next(b for b in usable if b.unsuitable(device) is None)
+        return next(_BACKENDS[n] for n in _AUTO if _BACKENDS[n].unsuitable(device) is None)
     if name not in NAMES:
         raise ValueError(f"`backend` must be one of {', '.join(('auto', *NAMES))}, got {name!r}")
-    reason = reasons[name]
+    reason = available()[name]
     if reason is None and (unsuitable := _BACKENDS[name].unsuitable(device)) is not None:
         reason = f"it cannot work on {device} ({unsuitable}); move the tensors or use backend='auto'"
     if reason is not None:

@@ -58,8 +58,8 @@ def pair(w0: np.ndarray, w1: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     e = (shifted >> 23).astype(np.float32)
     f = ((shifted & 0x7FFFFF) + 0x3F3504F3).view(np.float32) - np.float32(1)
     q = polynomial(
-        f, "-0x1.65c77cp-3", "0x1.2504a0p-2", "-0x1.318526p-2", "0x1.535d30p-2", "-0x1.98d2c0p-2", "0x1.00049ap-1",
-        "-0x1.5556f4p-1", "0x1.fffffap-1", "-0x1.0p+1",
+        f, "-0x1.65c77cp-3", "0x1.2504a0p-2", "-0x1.318526p-2", "0x1.535d30p-2", "-0x1.98d2c0p-2",
+        "0x1.00049ap-1", "-0x1.5556f4p-1", "0x1.fffffap-1", "-0x1.0p+1",
     )  # fmt: skip
     radius = np.sqrt(e * np.float32(float.fromhex("-0x1.62e430p+0")) + f * q)
     x = (w1 << np.uint32(2)).view(np.int32).astype(np.float32) * np.float32(float.fromhex("0x1.921fb6p-32"))
