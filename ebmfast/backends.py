@@ -306,7 +306,7 @@ class CudaBackend(Backend):
 
 
 class _NativePlan:
-    """Called every step, so its checks are the cheap ones; what fails them goes to the checks that explain."""
+    """Called every step, so its checks are cheap; what fails them goes to the checks that explain."""
 
     def __init__(
         self,
@@ -380,14 +380,12 @@ class _CpuPlan(_NativePlan):
 
 class _CudaPlan(_NativePlan):
     def _native(self, args, faults, clip_norm):
-        x = self._x
+        x, clips = self._x, clip_norm is not None
         blocks = -(-math.prod(x.shape[1:]) // reference.NORM_BLOCK)
         self._scratch = (
             torch.zeros(x.shape[0], dtype=torch.uint8, device=x.device) if faults is not None else None,
-            torch.empty(x.shape[0], blocks, dtype=torch.float64, device=x.device)
-            if clip_norm is not None
-            else None,
-            torch.empty(x.shape[0], dtype=torch.float32, device=x.device) if clip_norm is not None else None,
+            torch.empty(x.shape[0], blocks, dtype=torch.float64, device=x.device) if clips else None,
+            torch.empty(x.shape[0], dtype=torch.float32, device=x.device) if clips else None,
         )
         return core.CudaPlan(args, _address(faults), clip_norm, *map(_address, self._scratch)).run
 

@@ -1,0 +1,66 @@
+"""`python -m bench.noise`: nanoseconds per normal on one core, against torch's generator.
+
+CPU time of the thread, not wall time: the question is what a value costs.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from bench.timing import Variant, compare, quantiles, record
+from ebmfast import backends, rng
+from ebmfast._native import core
+
+CHAINS, SIZE = 64, 12288
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    cpu = backends.resolve("cpu", "cpu")
+    expected = rng.normal((SIZE,), CHAINS, seed=1, step=2)
+    out = torch.empty(CHAINS, SIZE)
+
+    def ours(kind: str, level: str) -> Variant:
+        uniform = kind == "uniform"
+
+        def run() -> None:
+            core.set_isa(level)
+            core.fill(
+                *(out.data_ptr(), CHAINS, SIZE),
+                **{"seed": 1, "step": 2, "stream": rng.NOISE, "first_chain": 0, "first_element": 0},
+                **{"uniform": uniform, "threads": 1},
+            )
+
+        def check() -> None:
+            run()
+            want = cpu.uniform((SIZE,), CHAINS, seed=1, step=2) if uniform else expected
+            assert torch.equal(out, want), f"{kind} at {level} differs from the specification"
+
+        return Variant(f"{kind} {level}", run, check)
+
+    def check_torch() -> None:
+        out.normal_()
+        assert abs(float(out.mean())) < 0.01 and abs(float(out.std()) - 1) < 0.01
+
+    levels = [name for name, supported, _ in core.levels() if supported]
+    variants = [ours(kind, level) for level in levels for kind in ("normal", "uniform")]
+    variants.append(Variant("torch.normal_", lambda: out.normal_(), check_torch))
+    variants.append(Variant("torch.randn", lambda: torch.randn(CHAINS, SIZE), lambda: None))
+    seconds = compare(variants, rounds=41, clock=time.thread_time)
+    core.set_isa("")
+    per_value = {
+        name: {q: t / out.numel() * 1e9 for q, t in quantiles(times).items()}
+        for name, times in seconds.items()
+    }
+    best = per_value[f"normal {core.isa()}"]["median"]
+    record(
+        "noise",
+        {"shape": [CHAINS, SIZE], "unit": "ns per value, one thread"},
+        {"ns": per_value, "ratio_to_randn": per_value["torch.randn"]["median"] / best},
+    )
+
+
+if __name__ == "__main__":
+    main()
