@@ -15,7 +15,8 @@ SOURCES = ("CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE", "cmake", 
 
 
 def call(*command, cwd, **env):
-    return subprocess.run([str(c) for c in command], cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, check=False)
+    command = [str(c) for c in command]
+    return subprocess.run(command, cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")

@@ -379,7 +379,8 @@ def test_nonfinite_energy_without_gradient():
     ({"conditions": {"c": torch.zeros(5, 1)}}, ValueError, "names 'c'"),
     ({"frozen_mask": torch.zeros(4, dtype=torch.bool)}, ValueError, r"`frozen_mask` must be \[3\] or \[5, 3\]"),
     ({"frozen_mask": torch.zeros(3)}, TypeError, "bool"),
-    ({"x": torch.zeros(5, 3), "n": 4}, ValueError, "`n` is 4"), ({"x": torch.zeros(5, 3, dtype=torch.int64)}, ValueError, "float32"),
+    ({"x": torch.zeros(5, 3), "n": 4}, ValueError, "`n` is 4"),
+    ({"x": torch.zeros(5, 3, dtype=torch.int64)}, ValueError, "float32"),
     ({"x": torch.tensor([[0.0], [torch.nan]])}, ValueError, r"`x` must be finite.*\[1\]"),
     ({"x": torch.zeros(5, 3), "shape": (4,)}, ValueError, r"\[n, 4\]"), ({"x": [0.0]}, TypeError, "`x` must be a tensor"),
 ])  # fmt: skip

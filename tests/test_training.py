@@ -7,7 +7,15 @@ import torch
 
 from ebmfast.models import NoiseConditionalEnergy
 from ebmfast.training import (
-    DivergenceError, NoiseLevels, TrainConfig, Trainer, contrast, draw_candidates, score_error, validation_error)
+    DivergenceError,
+    NoiseLevels,
+    TrainConfig,
+    Trainer,
+    contrast,
+    draw_candidates,
+    score_error,
+    validation_error,
+)
 from ebmfast.training.concepts import RECIPES, camera_homography
 
 CONFIG = TrainConfig(
