@@ -19,11 +19,13 @@ test: $(STAMP)
 	$(VENV)/bin/python -m pytest -q
 
 lint: $(STAMP)
-	$(VENV)/bin/ruff check ebmfast kernels tests bench
+	$(VENV)/bin/ruff check ebmfast tests bench
 
 bench: $(STAMP)
 	$(VENV)/bin/python -m bench.noise
 	$(VENV)/bin/python -m bench.step
+	$(VENV)/bin/pip install --quiet --no-deps torchebm==0.8.9
+	$(VENV)/bin/python -m bench.overhead
 
 clean:
 	rm -rf build dist $(VENV)/.installed
