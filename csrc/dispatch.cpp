@@ -9,9 +9,9 @@
 
 namespace ebmfast {
 
-extern const Kernels kernels_baseline;
+extern const Kernels kernels_scalar;
 #if defined(__x86_64__)
-extern const Kernels kernels_v3, kernels_v4;
+extern const Kernels kernels_baseline, kernels_v3, kernels_v4;
 #endif
 
 namespace {
@@ -52,9 +52,11 @@ const Kernels* highest() {
 const std::vector<Level>& levels() {
 #if defined(__x86_64__)
     static const int cpu = psabi_level();
-    static const std::vector<Level> table = {{&kernels_baseline, true}, {&kernels_v3, cpu >= 3}, {&kernels_v4, cpu >= 4}};
+    static const std::vector<Level> table = {
+        {&kernels_scalar, true}, {&kernels_baseline, true}, {&kernels_v3, cpu >= 3}, {&kernels_v4, cpu >= 4}
+    };
 #else
-    static const std::vector<Level> table = {{&kernels_baseline, true}};
+    static const std::vector<Level> table = {{&kernels_scalar, true}};
 #endif
     return table;
 }

@@ -1,6 +1,8 @@
 // The kernels of one instruction set: compiled once per level with its own flags and EBMFAST_TABLE naming its table.
 // No STL and nothing with external linkage but the table: the linker must never hand this level's code to another.
 
+#include <stddef.h>
+
 #include "kernels.h"
 #include "simd.h"
 

@@ -13,7 +13,11 @@
 namespace ebmfast {
 namespace {
 
-#if defined(__AVX512F__) && defined(__AVX512DQ__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#if defined(EBMFAST_SCALAR)
+
+using VectorLane = ScalarLane;
+
+#elif defined(__AVX512F__) && defined(__AVX512DQ__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 
 struct VectorLane {
     static constexpr int width = 16;
@@ -217,9 +221,7 @@ struct VectorLane {
 };
 
 #else
-
-using VectorLane = ScalarLane;
-
+#error "no lane type for this instruction set: define EBMFAST_SCALAR"
 #endif
 
 }  // namespace
