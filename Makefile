@@ -19,7 +19,7 @@ test: $(STAMP)
 	$(VENV)/bin/python -m pytest -q
 
 lint: $(STAMP)
-	$(VENV)/bin/ruff check ebmfast tests bench
+	$(VENV)/bin/ruff check ebmfast kernels tests bench
 
 bench: $(STAMP)
 	$(VENV)/bin/python -m bench.noise
