@@ -170,17 +170,17 @@ TASKS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What is chosen on other conditions than those reported: weights, prior, schedule.
+    """What is chosen on other conditions than those reported: weights, priors, schedule.
 
-    weights: weight of each concept's conditional energy against the prior (1 is Bayes' rule; above sharpens).
-    alpha: weight of a negated concept. prior: the concept whose unconditional energy is the shared prior.
-    prior_above: the prior is subtracted at noise levels above this one only.
+    weights: weight of each concept's conditional energy against its prior (1 is Bayes' rule; above sharpens).
+    alpha: weight of a negated concept, at noise levels above `alpha_above`.
+    prior_above: each model's own prior is taken out at noise levels above this one only.
     """
 
     weights: tuple[tuple[str, float], ...] = ()
-    alpha: float = 0.3
-    prior: str = "color"
-    prior_above: float = 0.0
+    alpha: float = 0.6
+    alpha_above: float = 0.5
+    prior_above: float = 0.15
     sigma_max: float = 4.0
     sigma_min: float = 0.06
     levels: int = 16
@@ -199,18 +199,16 @@ def expression(task: Task, settings: Settings, families: dict):
     """The composition of a task through the public algebra, conditions left as slots."""
     from . import composition as algebra
     from .weights import AboveSigma
+    from .zoo import own_priors
 
     leaves, weights = [], []
     for concept, slot, role in task.terms:
         leaves.append(families[concept][algebra.Slot(slot)])
-        weights.append(-settings.alpha if role == "drop" else dict(settings.weights).get(concept, 1.0))
+        alpha = AboveSigma(settings.alpha_above, settings.alpha) if settings.alpha_above else settings.alpha
+        weights.append(-1.0 * alpha if role == "drop" else dict(settings.weights).get(concept, 1.0))
     if task.either:
         return algebra.any_of(leaves)
-    if weights == [1.0]:
-        return leaves[0]
-    prior = families[settings.prior].unconditional
-    strength = AboveSigma(settings.prior_above) if settings.prior_above else 1.0
-    return algebra.with_prior(algebra.all_of(leaves, weights), prior, strength)
+    return own_priors(algebra.all_of(leaves, weights), settings.prior_above)
 
 
 def evaluate(task: Task, settings: Settings, families: dict, judge: Judge, n: int, condition_seed: int, seed: int,

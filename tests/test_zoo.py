@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ebmfast import evaluation, zoo
+from ebmfast import Concept, evaluation, negate, zoo
+from ebmfast.weights import weight_at
 
 FIELDS = {
     "name", "kind", "architecture", "condition_dim", "labels", "ranges", "data_range", "shape", "sigma", "prior",
@@ -116,7 +117,32 @@ def test_families_take_their_facts_from_the_cards():
     expression, sampler = zoo.recommended(red & families["shape"]("cube"))
     schedule = zoo.card("color")["schedule"]
     assert len(sampler.sigmas) == schedule["levels"] and math.isclose(sampler.sigmas[-1], schedule["sigma_min"])
-    assert [leaf.name for leaf in expression.leaves] == ["color('red')", "shape('cube')", "color.unconditional"]
+    assert [leaf.name for leaf in expression.leaves] == ["color('red')", "shape('cube')", "shape.unconditional"]
+
+
+def test_own_priors_count_each_models_prior_once():
+    """E = E_1 + sum_(i > 1) w_i (E_i - E_i,unconditional) above the noise level, the plain sum below it."""
+    families = zoo.concepts()
+    red, cube, where = families["color"]("red"), families["shape"]("cube"), families["position"](0.5, 0.5)
+    composed = red & 2.0 * cube & negate(where, 0.3)
+    counted, x = zoo.own_priors(composed, above=0.2), picture(2)
+    for sigma, on in ((0.5, 1.0), (0.1, 0.0)):
+        e = {leaf.name: leaf.energy(x, sigma=sigma) for leaf in counted.leaves}
+        expected = (e["color('red')"] + 2 * (e["shape('cube')"] - on * e["shape.unconditional"])
+                    - 0.3 * (e["position(0.5, 0.5)"] - on * e["position.unconditional"]))
+        torch.testing.assert_close(counted.energy(x, sigma=sigma), expected, rtol=1e-4, atol=1e-2)
+    assert weight_at(counted.step_scale, 0.5) == 1.0 and weight_at(counted.step_scale, 0.1) == 3.0
+    assert zoo.own_priors(red) == red
+    weighted = zoo.own_priors(2.0 * red & cube)
+    assert [leaf.name for leaf in weighted.leaves] == ["color('red')", "color.unconditional", "shape('cube')", "shape.unconditional"]
+    either = zoo.own_priors((red & cube) | where)
+    assert [leaf.name for leaf in either.leaves] == [*[leaf.name for leaf in counted.leaves[:2]], "shape.unconditional", "position(0.5, 0.5)"]
+
+
+def test_own_priors_need_models_that_have_one():
+    bare = Concept(lambda x: x.flatten(1).sum(1), name="bare")
+    with pytest.raises(ValueError, match="bare belongs to no family"):
+        zoo.own_priors(zoo.concepts()["color"]("red") & bare)
 
 
 def test_every_task_builds_a_grounded_expression():

@@ -75,13 +75,51 @@ def family(about: dict, model: nn.Module):
                   negation_alpha=about["negation_alpha"])
 
 
-def recommended(expression, about: dict | None = None):
-    """The expression with its prior counted once, and the sampler that the cards name: `(expression, Annealed)`.
+def own_priors(expression, above: float = 0.0):
+    """Every conjunction with each model's own prior taken out once: E_1 + sum_(i > 1) w_i (E_i - E_i,unconditional).
 
-    The prior is the unconditional energy of the first leaf's model; a composition that needs none, or has one of
-    its own (`with_prior`, or a leaf `.unconditional`), is returned as it is. Cards of other models go in `about`.
+    The product of experts p(x | c_1) prod_i (p(x | c_i) / p(x))^w_i, as `with_prior` writes it, but each ratio comes
+    from one network, so that what this network gets wrong about p(x) cancels. The first term of positive weight stays
+    as it is (where its weight w is not 1, (w - 1) of its prior go). Priors are taken out at noise levels over `above`
+    only; where they are, steps count as for one energy. Raises ValueError for a model without unconditional energy.
     """
-    from ..composition import with_prior
+    from ..weights import AboveSigma
+
+    return _own_priors(expression.simplified, AboveSigma(above) if above else 1.0)
+
+
+def _own_priors(expression, strength):
+    from ..composition import LogSumExp, Sum
+    from ..weights import combine, lowest, multiply
+
+    if isinstance(expression, LogSumExp):
+        branches = tuple(_own_priors(child, strength) for child in expression.children)
+        return LogSumExp(branches, expression.log_weights, expression.sharpness)
+    if not isinstance(expression, Sum):
+        return expression
+    terms, base = [], next((i for i, (w, _) in enumerate(expression.terms) if lowest(w) > 0), None)
+    for i, (weight, term) in enumerate(expression.terms):
+        extra = combine(lambda w: w - 1.0, weight) if i == base else weight
+        terms.append((weight, _own_priors(term, strength)))
+        if extra != 0.0:
+            terms.append((multiply(-1.0, multiply(extra, strength)), _prior_of(term)))
+    return Sum(tuple(terms), combine(lambda s, m: s + (1.0 - s) * m, strength, expression.step_scale))
+
+
+def _prior_of(term):
+    leaf = term.leaves[0]
+    if leaf.family is None:
+        raise ValueError(f"{leaf!r} belongs to no family, so nothing says what its unconditional energy is")
+    return leaf.family.unconditional
+
+
+def recommended(expression, about: dict | None = None):
+    """The expression with its priors counted once, and the sampler that the cards name: `(expression, Annealed)`.
+
+    The prior of each conjunct is its own model's (`own_priors`); a composition that has a prior of its own
+    (`with_prior`, or a leaf `.unconditional`), or a model without one, is returned as it is. Cards of other models go
+    in `about`.
+    """
     from ..samplers import Annealed
 
     families = [leaf.family for leaf in expression.leaves if leaf.family is not None]
@@ -89,9 +127,9 @@ def recommended(expression, about: dict | None = None):
     if not cards:
         raise ValueError(f"no model of {expression!r} has a card that names a schedule; pass a sampler of your own")
     schedule = cards[0]["schedule"]
-    own = any(leaf.condition is None for leaf in expression.leaves)
-    if not own and cards[0]["prior"]:
-        counted = with_prior(expression, families[0].unconditional)
+    has_one = any(leaf.condition is None for leaf in expression.leaves)
+    if not has_one and len(families) == len(expression.leaves) == len(cards) and all(c["prior"] for c in cards):
+        counted = own_priors(expression, schedule.get("prior_above", 0.0))
         expression = expression if counted.simplified == expression.simplified else counted
     return expression, Annealed.geometric(
         schedule["sigma_max"], schedule["sigma_min"], schedule["levels"], denoise=schedule["denoise"],
