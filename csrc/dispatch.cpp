@@ -10,8 +10,10 @@
 namespace ebmfast {
 
 extern const Kernels kernels_scalar;
+extern const ChainKernels chain_scalar;
 #if defined(__x86_64__)
-extern const Kernels kernels_baseline, kernels_v3, kernels_v4;
+extern const Kernels kernels_baseline, kernels_v3, kernels_v4, kernels_v4_bf16;
+extern const ChainKernels chain_baseline, chain_v3, chain_v4, chain_v4_bf16;
 #endif
 
 namespace {
@@ -24,8 +26,8 @@ constexpr bool has(unsigned word, std::initializer_list<int> bits) {
     return true;
 }
 
-// The x86-64 psABI level, 3 and 4 only if the operating system saves the registers.
-int psabi_level() {
+// The x86-64 psABI level, 3 and 4 only if the operating system saves the registers; 5 is level 4 with AVX512-BF16.
+int cpu_level() {
     unsigned eax, ebx, ecx, edx, ebx7, ecx_ext, ignored;
     if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || !has(ecx, {0, 9, 12, 13, 19, 20, 22, 23, 27, 28, 29})) return 1;
     if (!__get_cpuid_count(7, 0, &eax, &ebx7, &ignored, &edx) || !has(ebx7, {3, 5, 8})) return 1;
@@ -33,39 +35,48 @@ int psabi_level() {
     unsigned xcr0, high;
     __asm__("xgetbv" : "=a"(xcr0), "=d"(high) : "c"(0));
     if ((xcr0 & 0x6) != 0x6) return 1;
-    return has(ebx7, {16, 17, 28, 30, 31}) && (xcr0 & 0xe6) == 0xe6 ? 4 : 3;
+    if (!has(ebx7, {16, 17, 28, 30, 31}) || (xcr0 & 0xe6) != 0xe6) return 3;
+    return __get_cpuid_count(7, 1, &eax, &ebx, &ignored, &edx) && has(eax, {5}) ? 5 : 4;
 }
 #endif
 
-std::atomic<const Kernels*> chosen{nullptr};
+std::atomic<const Level*> chosen{nullptr};
 
-const Kernels* highest() {
-    const Kernels* best = nullptr;
+const Level* highest() {
+    const Level* best = nullptr;
     for (const Level& level : levels()) {
-        if (level.supported) best = level.kernels;
+        if (level.supported) best = &level;
     }
     return best;
+}
+
+const Level& level_in_use() {
+    const Level* level = chosen.load(std::memory_order_relaxed);
+    if (level == nullptr) chosen.store(level = highest(), std::memory_order_relaxed);
+    return *level;
 }
 
 }  // namespace
 
 const std::vector<Level>& levels() {
 #if defined(__x86_64__)
-    static const int cpu = psabi_level();
+    static const int cpu = cpu_level();
     static const std::vector<Level> table = {
-        {&kernels_scalar, true}, {&kernels_baseline, true}, {&kernels_v3, cpu >= 3}, {&kernels_v4, cpu >= 4}
+        {&kernels_scalar, &chain_scalar, true},
+        {&kernels_baseline, &chain_baseline, true},
+        {&kernels_v3, &chain_v3, cpu >= 3},
+        {&kernels_v4, &chain_v4, cpu >= 4},
+        {&kernels_v4_bf16, &chain_v4_bf16, cpu >= 5},
     };
 #else
-    static const std::vector<Level> table = {{&kernels_scalar, true}};
+    static const std::vector<Level> table = {{&kernels_scalar, &chain_scalar, true}};
 #endif
     return table;
 }
 
-const Kernels& kernels() {
-    const Kernels* k = chosen.load(std::memory_order_relaxed);
-    if (k == nullptr) chosen.store(k = highest(), std::memory_order_relaxed);
-    return *k;
-}
+const Kernels& kernels() { return *level_in_use().kernels; }
+
+const ChainKernels& chain_kernels() { return *level_in_use().chain; }
 
 void set_level(const std::string& name) {
     if (name.empty()) {
@@ -76,7 +87,7 @@ void set_level(const std::string& name) {
     for (const Level& level : levels()) {
         if (name == level.kernels->name) {
             if (!level.supported) throw std::invalid_argument("this CPU cannot run instruction set '" + name + "'");
-            chosen.store(level.kernels);
+            chosen.store(&level);
             return;
         }
         known += std::string(known.empty() ? "" : ", ") + level.kernels->name;

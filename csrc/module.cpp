@@ -5,6 +5,7 @@
 
 #include <memory>
 #include <stdexcept>
+#include <vector>
 
 #include "build_info.h"
 #include "dispatch.h"
@@ -15,6 +16,8 @@
 
 namespace py = pybind11;
 using namespace ebmfast;
+
+void bind_chain(py::module_& m);  // chain_module.cpp
 
 namespace {
 
@@ -179,6 +182,7 @@ PYBIND11_MODULE(_core, m) {
         .def(
             "run", &Plan::run, py::arg("gradients"), py::arg("weights"), py::arg("step"), py::arg("drift"), py::arg("noise"), py::arg("threads")
         );
+    bind_chain(m);
 #if EBMFAST_CUDA_BUILT
     m.def(
         "cuda_fill", &cuda_fill, py::arg("out"), py::arg("batch"), py::arg("size"), py::arg("seed"), py::arg("step"), py::arg("stream"),

@@ -81,6 +81,18 @@ struct ScalarLane {
     static EBMFAST_HD M sign(I a) { return int32_t(a) < 0; }
     static EBMFAST_HD F select(M m, F a, F b) { return m ? a : b; }
     static EBMFAST_HD uint32_t bits(M m) { return m; }
+    static EBMFAST_HD M less(F a, F b) { return a < b; }
+
+    // Not part of the noise: used where results may differ by rounding (lane_math.h).
+#if defined(__CUDA_ARCH__)
+    static EBMFAST_HD F fma(F a, F b, F c) { return __fmaf_rn(a, b, c); }
+    static EBMFAST_HD F fnma(F a, F b, F c) { return __fmaf_rn(-a, b, c); }
+#else
+    static EBMFAST_HD F fma(F a, F b, F c) { return a * b + c; }
+    static EBMFAST_HD F fnma(F a, F b, F c) { return c - a * b; }
+#endif
+    static EBMFAST_HD F div(F a, F b) { return a / b; }
+    static EBMFAST_HD F reciprocal(F a) { return 1.0f / a; }
 };
 
 template <class L> struct Words {
@@ -124,12 +136,12 @@ template <class L> EBMFAST_HD typename L::F uniform(typename L::I w) {
     return L::at_most(L::set(1.0f - 0x1p-24f), L::add(L::unit(w), L::set(0x1p-33f)));
 }
 
-// sqrt(-2 ln u), u = float(w) 2^-32 + 2^-33 = m 2^e, m in [sqrt(1/2), sqrt(2))
-template <class L> EBMFAST_HD typename L::F radius(typename L::I w) {
+// -2 ln u of a positive normal u = m 2^e, m in [sqrt(1/2), sqrt(2))
+template <class L> EBMFAST_HD typename L::F minus_two_log(typename L::F u) {
     using F = typename L::F;
     using I = typename L::I;
     const I sqrt_half = L::set_int(0x3F3504F3u);
-    const I bits = L::sub(L::as_int(L::add(L::unit(w), L::set(0x1p-33f))), sqrt_half);
+    const I bits = L::sub(L::as_int(u), sqrt_half);
     const F e = L::from_int(L::template sar<23>(bits));
     const F f = L::sub(L::as_float(L::add(L::bit_and(bits, L::set_int(0x7FFFFFu)), sqrt_half)), L::set(1.0f));
     F q = horner<L>(L::set(-0x1.65c77cp-3f), f, 0x1.2504a0p-2f);
@@ -140,7 +152,12 @@ template <class L> EBMFAST_HD typename L::F radius(typename L::I w) {
     q = horner<L>(q, f, -0x1.5556f4p-1f);
     q = horner<L>(q, f, 0x1.fffffap-1f);
     q = horner<L>(q, f, -2.0f);
-    return L::sqrt(L::add(L::mul(e, L::set(-0x1.62e430p+0f)), L::mul(f, q)));
+    return L::add(L::mul(e, L::set(-0x1.62e430p+0f)), L::mul(f, q));
+}
+
+// sqrt(-2 ln u), u = float(w) 2^-32 + 2^-33
+template <class L> EBMFAST_HD typename L::F radius(typename L::I w) {
+    return L::sqrt(minus_two_log<L>(L::add(L::unit(w), L::set(0x1p-33f))));
 }
 
 // radius(w0) times the cosine and the sine of 2 pi w1 / 2^32

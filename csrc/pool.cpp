@@ -87,10 +87,11 @@ Pool& pool() {
 
 }  // namespace
 
-void parallel_for(int64_t units, int threads, Work work, const void* context) {
+void parallel_for(int64_t units, int threads, Work work, const void* context, int64_t chunk) {
     threads = int(std::min<int64_t>(std::min(threads, kMaxThreads), units));
     if (threads > 1) {
-        Job job{work, context, units, std::max<int64_t>(1, units / (int64_t(threads) * kChunksPerThread))};
+        if (chunk <= 0) chunk = std::max<int64_t>(1, units / (int64_t(threads) * kChunksPerThread));
+        Job job{work, context, units, chunk};
         if (pool().try_run(job, threads - 1)) return;
     }
     if (units > 0) work(context, 0, units);

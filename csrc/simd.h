@@ -78,6 +78,27 @@ struct VectorLane {
     static EBMFAST_HD M sign(I a) { return _mm512_movepi32_mask(a); }
     static EBMFAST_HD F select(M m, F a, F b) { return _mm512_mask_blend_ps(m, b, a); }
     static EBMFAST_HD uint32_t bits(M m) { return m; }
+    static EBMFAST_HD M less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+
+    static EBMFAST_HD F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+    static EBMFAST_HD F fnma(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }
+    static EBMFAST_HD F div(F a, F b) { return _mm512_div_ps(a, b); }
+    // One Newton step from 14 bits; 1 ulp for normal a with a normal reciprocal.
+    static EBMFAST_HD F reciprocal(F a) {
+        const F y = _mm512_rcp14_ps(a);
+        return fma(y, fnma(a, y, set(1.0f)), y);
+    }
+#if defined(__AVX512BF16__)
+    // Pairs of bfloat16 in 32-bit lanes: acc + a.low b.low + a.high b.high; and the pair (low, high) of two registers.
+    static EBMFAST_HD F dot_pairs(I a, I b, F acc) { return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b); }
+    static EBMFAST_HD I pair(F low, F high) {
+        const __m512i order = _mm512_add_epi32(
+            _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), set_int(0x00010001u)), set_int(0x00100000u)
+        );
+        return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    }
+    static EBMFAST_HD void store_int(uint32_t* p, I v) { _mm512_storeu_si512(p, v); }
+#endif
 };
 
 #elif defined(__AVX2__)
@@ -148,6 +169,12 @@ struct VectorLane {
     static EBMFAST_HD M sign(I a) { return as_float(a); }
     static EBMFAST_HD F select(M m, F a, F b) { return _mm256_blendv_ps(b, a, m); }
     static EBMFAST_HD uint32_t bits(M m) { return uint32_t(_mm256_movemask_ps(m)); }
+    static EBMFAST_HD M less(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
+
+    static EBMFAST_HD F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+    static EBMFAST_HD F fnma(F a, F b, F c) { return _mm256_fnmadd_ps(a, b, c); }
+    static EBMFAST_HD F div(F a, F b) { return _mm256_div_ps(a, b); }
+    static EBMFAST_HD F reciprocal(F a) { return div(set(1.0f), a); }
 };
 
 #elif defined(__SSE2__)
@@ -218,6 +245,13 @@ struct VectorLane {
     static EBMFAST_HD M sign(I a) { return as_float(_mm_srai_epi32(a, 31)); }
     static EBMFAST_HD F select(M m, F a, F b) { return _mm_or_ps(_mm_and_ps(m, a), _mm_andnot_ps(m, b)); }
     static EBMFAST_HD uint32_t bits(M m) { return uint32_t(_mm_movemask_ps(m)); }
+    static EBMFAST_HD M less(F a, F b) { return _mm_cmplt_ps(a, b); }
+
+    // Two roundings: this level has no fused instruction.
+    static EBMFAST_HD F fma(F a, F b, F c) { return add(mul(a, b), c); }
+    static EBMFAST_HD F fnma(F a, F b, F c) { return sub(c, mul(a, b)); }
+    static EBMFAST_HD F div(F a, F b) { return _mm_div_ps(a, b); }
+    static EBMFAST_HD F reciprocal(F a) { return div(set(1.0f), a); }
 };
 
 #else

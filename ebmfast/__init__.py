@@ -8,7 +8,7 @@
 p(x) ∝ exp(-E(x)); `a & b` adds energies, `a | b` is -logsumexp(-E), `~b` subtracts α·E.
 """
 
-from . import ops, zoo
+from . import energies, ops, zoo
 from .composition import (
     Concept,
     Expression,
@@ -32,6 +32,6 @@ __version__ = "0.1.0"
 __all__ = [
     "AboveSigma", "Annealed", "Concept", "Expression", "Family", "Fault", "Interrupted", "Langevin",
     "NonFiniteError", "PiecewiseSigma", "Report", "Result", "Run", "SampleState", "Slot", "StepInfo", "Trace",
-    "TraceResult", "UngroundedNegationError", "all_of", "any_of", "from_json", "negate", "ops", "parse", "prepare",
+    "TraceResult", "UngroundedNegationError", "all_of", "any_of", "energies", "from_json", "negate", "ops", "parse", "prepare",
     "sample", "with_prior", "zoo",
 ]

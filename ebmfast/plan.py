@@ -72,9 +72,13 @@ class Plan:
         rows = check_conditions(self.expression, conditions, x.shape[0])
         return Evaluator(self, x.shape[0], x.device, x.dtype, rows)
 
-    def explain(self) -> str:
-        """The simplified tree, its leaves and how they are batched, in plain words."""
-        expression = self.expression
+    def explain(self, shape: Sequence[int] | None = None) -> str:
+        """The simplified tree, its leaves and how they are batched, in plain words.
+
+        `shape` of one chain, where known, decides with the models whether the chain engine can run it."""
+        from .chain import reason_against
+
+        expression, reason = self.expression, reason_against(self.expression, shape, self.compute_dtype)
         lines = [f"composition  {expression!r}", f"simplified   {expression.simplified!r}",
                  f"tail weight  T = {_show(expression.tail_weight)} (must be positive)",
                  f"step scale   M = {_show(expression.step_scale)} (divides annealed steps)"]
@@ -91,6 +95,8 @@ class Plan:
             lines.append("weights      per chain, from the leaf energies (there is an OR)")
         else:
             lines.append("weights      constant (no OR): energies are not waited for")
+        yes = "yes, on the CPU: every leaf is a native energy"
+        lines.append(f"chain engine {yes if reason is None else f'no: {reason}'}")
         return "\n".join(lines)
 
 

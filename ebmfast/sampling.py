@@ -12,14 +12,17 @@ from typing import NamedTuple
 import torch
 
 from . import backends, rng
+from .chain import Chain, NotNative
 from .composition import Expression
 from .plan import Plan, check_conditions
+from .quick import QuickCall
 from .samplers import Annealed, Langevin
 from .state import Fault, Interrupted, NonFiniteError, Report, Result, SampleState, Trace, TraceResult
 
 CHECK_EVERY = 16  # steps between two looks at the fault flags; a faulty chain stops at once in the kernel
 BATCH_BYTES = 8 << 20  # default size of a micro-batch's gradients: a share of the last-level cache
 ON_NONFINITE = ("raise", "freeze", "restart")
+ENGINES = ("auto", "step", "chain")
 
 
 class StepInfo(NamedTuple):
@@ -35,8 +38,8 @@ def sample(expr: Expression, n: int | None = None, shape=None, sampler: Langevin
            steps: int | None = None, seed=None, *, conditions: Mapping | None = None, x: torch.Tensor | None = None,
            init: str | Callable | None = None, first_chain: int = 0, frozen_mask: torch.Tensor | None = None,
            batch_size: int | None = None, device=None, compute_dtype: torch.dtype | None = None,
-           backend: str = "auto", trace: Trace | int | None = None, callback: Callable | None = None,
-           progress: bool = False, energies: bool = True, on_nonfinite: str = "raise",
+           backend: str = "auto", engine: str = "auto", trace: Trace | int | None = None,
+           callback: Callable | None = None, progress: bool = False, energies: bool = True, on_nonfinite: str = "raise",
            resume: SampleState | None = None, allow_improper: bool = False) -> Result:
     """Draw chains of the composition `expr`: `prepare(expr, sampler, ...)` and one call of it.
 
@@ -60,6 +63,8 @@ def sample(expr: Expression, n: int | None = None, shape=None, sampler: Langevin
         batch_size: chains per micro-batch; the default keeps gradients within 8 MiB.
         compute_dtype: bfloat16 or float16 runs the models under autocast; x stays float32.
         backend: "auto", "reference" or "cpu" (see `ebmfast doctor`).
+        engine: "chain" runs whole chains in C++, "step" one batched forward-backward and one kernel per step; "auto" takes
+            the chain engine where every leaf is a native energy (`ebmfast.energies`) on the cpu backend.
         trace: an int k keeps the energy per chain every k steps; `Trace(every=k, states=True)` also x.
         callback: called with a `StepInfo` after every step of every micro-batch.
         progress: show a progress bar.
@@ -79,15 +84,15 @@ def sample(expr: Expression, n: int | None = None, shape=None, sampler: Langevin
         Interrupted: Ctrl-C; its `state` resumes.
     """
     run = prepare(expr, sampler, shape=shape, steps=steps, batch_size=batch_size, device=device,
-                  compute_dtype=compute_dtype, backend=backend, energies=energies, on_nonfinite=on_nonfinite,
-                  allow_improper=allow_improper)
+                  compute_dtype=compute_dtype, backend=backend, engine=engine, energies=energies,
+                  on_nonfinite=on_nonfinite, allow_improper=allow_improper)
     return run(n, seed, conditions=conditions, x=x, init=init, first_chain=first_chain, frozen_mask=frozen_mask,
                trace=trace, callback=callback, progress=progress, resume=resume)
 
 
 def prepare(expr: Expression, sampler: Langevin | Annealed | None = None, *, shape=None, steps: int | None = None,
             batch_size: int | None = None, device=None, compute_dtype: torch.dtype | None = None,
-            backend: str = "auto", energies: bool = True, on_nonfinite: str = "raise",
+            backend: str = "auto", engine: str = "auto", energies: bool = True, on_nonfinite: str = "raise",
             allow_improper: bool = False) -> Run:
     """Check and plan a sampling run once; the result is called with `n`, `seed`, ... as in `sample`.
 
@@ -109,9 +114,11 @@ def prepare(expr: Expression, sampler: Langevin | Annealed | None = None, *, sha
         _check_int("batch_size", batch_size, 1)
     if on_nonfinite not in ON_NONFINITE:
         raise ValueError(f"`on_nonfinite` must be one of {', '.join(ON_NONFINITE)}, got {on_nonfinite!r}")
+    if engine not in ENGINES:
+        raise ValueError(f"`engine` must be one of {', '.join(ENGINES)}, got {engine!r}")
     if backend != "auto":
         backends.resolve(backend, "cpu" if device is None else device)
-    return Run(plan, sampler, None if shape is None else _shape(shape), steps, batch_size, device, backend,
+    return Run(plan, sampler, None if shape is None else _shape(shape), steps, batch_size, device, backend, engine,
                energies, on_nonfinite)
 
 
@@ -136,42 +143,60 @@ class _Call:
 class Run:
     """A prepared sampling run; call it as often as you like."""
 
-    def __init__(self, plan, sampler, shape, steps, batch_size, device, backend, energies, on_nonfinite):
+    def __init__(self, plan, sampler, shape, steps, batch_size, device, backend, engine, energies, on_nonfinite):
         self.plan, self.sampler, self.shape, self.steps = plan, sampler, shape, steps
-        self.batch_size, self.device, self.backend_name = batch_size, device, backend
+        self.batch_size, self.device, self.backend_name, self.engine_name = batch_size, device, backend, engine
         self.energies, self.on_nonfinite = energies, on_nonfinite
+        self._chains: dict[tuple[int, ...], Chain | NotNative] = {}
+        self._quick: dict[int, QuickCall] = {}
 
     def __call__(self, n: int | None = None, seed=None, *, steps: int | None = None,
                  conditions: Mapping | None = None, x: torch.Tensor | None = None,
                  init: str | Callable | None = None, first_chain: int = 0,
                  frozen_mask: torch.Tensor | None = None, trace: Trace | int | None = None,
                  callback: Callable | None = None, progress: bool = False,
-                 resume: SampleState | None = None) -> Result:
-        """Draw chains; arguments as in `sample`."""
+                 resume: SampleState | None = None, quick: bool = True) -> Result:
+        """Draw chains; arguments as in `sample`. `quick=False` keeps even a short, plain call on the general path."""
+        plain = resume is None and trace is None and callback is None and frozen_mask is None and init is None
+        if quick and x is not None and plain and not progress:
+            call = self._quick.get(self.steps if steps is None else steps)
+            result = None if call is None else call(n, seed, conditions, x, first_chain)
+            if result is not None:
+                return result
         with torch.inference_mode(False), torch.enable_grad():
             return self._run(n, seed, steps, conditions, x, init, first_chain, frozen_mask, trace, callback, progress,
                              resume)
 
     def _run(self, n, seed, steps, conditions, x, init, first_chain, frozen_mask, trace, callback, progress, resume):
         call = self._check(n, seed, steps, conditions, x, first_chain, resume)
-        engine = self._engine(call)
-        initial = self._initial(call, engine, init)
+        backend = self._backend(call)
+        chain = self._chain(call, backend)
+        initial = self._initial(call, backend, init)
         frozen = _frozen_mask(frozen_mask, call)
         trace = Trace(every=trace) if isinstance(trace, int) else trace
-        chains = _Chains(self, call, engine, initial, frozen, trace, callback)
+        chains = _Chains(self, call, backend, chain, initial, frozen, trace, callback)
         started = time.perf_counter()
         with _Interrupt() as stop:
             chains.run(stop, progress)
             if stop.requested:
                 raise Interrupted(chains.state())
             energy, leaf_energies = chains.final_energies() if self.energies else (None, None)
-        report = self._report(call, engine, time.perf_counter() - started, chains)
+        report = self.describe(
+            backend=backend.name, engine="step" if chain is None else "chain", device=call.device, dtype=call.dtype, seed=call.seed,
+            first_chain=call.first_chain, chains=call.n, steps=call.target - call.base, batch=chains.batch,
+            seconds=time.perf_counter() - started, coefficients=chains.coefficients, faults=chains.faults_seen)
+        if resume is None and QuickCall.fits(self, chain):
+            self._quick[call.target] = QuickCall(self, chain, call.shape, call.target)
         return Result(chains.x, energy, leaf_energies, chains.trace_result(), chains.state(), report)
 
     def explain(self) -> str:
-        """The plan, the sampler, and the backend that `auto` would take on this machine."""
-        engine = backends.resolve(self.backend_name, self.device or "cpu")
-        return f"{self.plan.explain()}\nsampler      {self.sampler!r}\nbackend      {engine.name}"
+        """The plan, the sampler, and the backend and engine that would run on this machine."""
+        backend = backends.resolve(self.backend_name, _device(self.device, self.plan))
+        lines = [self.plan.explain(self.shape), f"sampler      {self.sampler!r}", f"backend      {backend.name}"]
+        if self.engine_name == "step" or backend.name != "cpu":
+            why = "as asked" if self.engine_name == "step" else f"the one of backend {backend.name}"
+            lines.append(f"engine       step, {why}")
+        return "\n".join(lines)
 
     def _check(self, n, seed, steps, conditions, x, first_chain, resume) -> _Call:
         if resume is not None:
@@ -228,7 +253,7 @@ class Run:
             raise ValueError("`steps`, the number of steps, is needed")
         return _check_int("steps", steps, 0)
 
-    def _engine(self, call: _Call):
+    def _backend(self, call: _Call):
         name = self.backend_name
         if call.dtype != torch.float32:
             if name not in ("auto", "reference"):
@@ -236,7 +261,33 @@ class Run:
             name = "reference"
         return backends.resolve(name, call.device)
 
-    def _initial(self, call: _Call, engine, init):
+    def _chain(self, call: _Call, backend) -> Chain | None:
+        """The chain engine, its parameters read anew, or None for the step engine."""
+        if self.engine_name == "step":
+            return None
+        if backend.name != "cpu":
+            found: Chain | NotNative = NotNative(f"it belongs to backend 'cpu', this run is on {backend.name!r}")
+        else:
+            found = self._chains.get(call.shape)
+            if not isinstance(found, Chain) or not found.refresh():
+                found = self._recognise(call.shape)
+        if isinstance(found, NotNative):
+            if self.engine_name == "chain":
+                raise ValueError(f"`engine` is \"chain\", which cannot run this composition: {found}")
+            return None
+        return found
+
+    def _recognise(self, shape: tuple[int, ...]) -> Chain | NotNative:
+        try:
+            found: Chain | NotNative = Chain(
+                self.plan.expression, shape, self.plan.compute_dtype, **self.sampler.native_options())
+            found.refresh()
+        except NotNative as reason:
+            found = reason
+        self._chains[shape] = found
+        return found
+
+    def _initial(self, call: _Call, backend, init):
         """A function (first row, count, step) → starting points of those chains."""
         if init is None:
             init = "normal" if isinstance(self.sampler, Annealed) else "uniform"
@@ -248,9 +299,9 @@ class Run:
             where = dict(seed=call.seed, step=step, stream=rng.INIT, first_chain=call.first_chain + row,
                          device=call.device)
             if init == "uniform":
-                return engine.uniform(call.shape, count, **where).mul_(high - low).add_(low)
+                return backend.uniform(call.shape, count, **where).mul_(high - low).add_(low)
             if init == "normal":
-                return engine.normal(call.shape, count, **where).mul_(scale).add_(center)
+                return backend.normal(call.shape, count, **where).mul_(scale).add_(center)
             ids = torch.arange(row, row + count, device=call.device) + call.first_chain
             x = init(ids, call.shape)
             return _check_x(x, call.shape, call.device, f"init(...) for {count} chains", count).to(torch.float32)
@@ -262,25 +313,27 @@ class Run:
             raise ValueError(f'`init` must be "uniform", "normal" or a callable, got {init!r}')
         return draw
 
-    def _report(self, call: _Call, engine, seconds: float, chains: _Chains) -> Report:
+    def describe(self, *, backend: str, engine: str, device, dtype, seed: int, first_chain: int, chains: int, steps: int,
+                 batch: int, seconds: float, coefficients, faults) -> Report:
+        """The report of a call."""
         from . import __version__
+        info = backends.resolve(backend, device).info()
         return Report(
-            expression=repr(self.plan.expression), sampler=repr(self.sampler), backend=engine.name,
-            backend_info=engine.info(), device=str(call.device), dtype=str(call.dtype).removeprefix("torch."),
-            compute_dtype=str(self.plan.compute_dtype or call.dtype).removeprefix("torch."), seed=call.seed,
-            first_chain=call.first_chain, chains=call.n, steps=call.target - call.base,
-            micro_batch=chains.batch, seconds=seconds, step_scale=repr(self.plan.expression.step_scale),
-            effective_temperature=chains.coefficients.temperature(),
-            versions={"ebmfast": __version__, "torch": torch.__version__}, faults=sorted(chains.faults_seen, key=_by_step))
+            expression=repr(self.plan.expression), sampler=repr(self.sampler), backend=backend, engine=engine, backend_info=info,
+            device=str(device), dtype=str(dtype).removeprefix("torch."),
+            compute_dtype=str(self.plan.compute_dtype or dtype).removeprefix("torch."), seed=seed, first_chain=first_chain,
+            chains=chains, steps=steps, micro_batch=batch, seconds=seconds, step_scale=repr(self.plan.expression.step_scale),
+            effective_temperature=coefficients.temperature(),
+            versions={"ebmfast": __version__, "torch": torch.__version__}, faults=sorted(faults, key=_by_step))
 
 
 class _Chains:
     """The chains of one call, and the loop over micro-batches and steps."""
 
-    def __init__(self, run: Run, call: _Call, engine, initial, frozen, trace, callback):
-        self.run_, self.call, self.engine, self.frozen = run, call, engine, frozen
+    def __init__(self, run: Run, call: _Call, backend, chain: Chain | None, initial, frozen, trace, callback):
+        self.run_, self.call, self.backend, self.chain, self.frozen = run, call, backend, chain, frozen
         self.initial, self.trace, self.callback = initial, trace, callback
-        self.batch = run.batch_size or _default_batch(call, len(run.plan.leaves))
+        self.batch = run.batch_size or (_default_batch(call, len(run.plan.leaves)) if chain is None else max(1, call.n))
         self.coefficients = run.sampler.coefficients(run.plan.expression, call.target - call.base, call.base)
         fresh = call.x is None
         self.x = torch.empty(call.n, *call.shape, dtype=call.dtype, device=call.device) if fresh else call.x.clone()
@@ -312,6 +365,8 @@ class _Chains:
 
     def _evaluator(self, rows: slice):
         conditions = {name: c[rows] for name, c in self.call.conditions.items()}
+        if self.chain is not None:
+            return self.chain.bind(conditions)
         return self.run_.plan.bind(self.x[rows], conditions)
 
     def _run_slice(self, rows: slice, stop: _Interrupt, bar) -> None:
@@ -321,21 +376,31 @@ class _Chains:
         x, faults, evaluator = self.x[rows], self.faults[rows], self._evaluator(rows)
         frozen = self.frozen if self.frozen is None or self.frozen.ndim == len(call.shape) else self.frozen[rows]
         kernel = self.run_.sampler.bind(
-            evaluator, self.engine, self.coefficients, call.base, seed=call.seed,
+            evaluator, self.backend, self.coefficients, call.base, seed=call.seed,
             first_chain=call.first_chain + rows.start, frozen_mask=frozen)
         state = kernel.init(x, first, faults)
-        every = 1 if self.run_.on_nonfinite == "restart" else CHECK_EVERY
-        observed = self.callback is not None or self.trace is not None
+        looked = first
         while state.step < call.target and not stop.requested:
-            state, _ = kernel.step(state)
-            if (state.step - first) % every == 0:
-                self._handle_faults(rows, state.step)
-            if observed:
+            before = state.step
+            state = kernel.advance(state, self._until(before, kernel.stride))
+            if state.step - looked >= (1 if self.run_.on_nonfinite == "restart" else CHECK_EVERY):
+                self._handle_faults(rows, kernel, state)
+                looked = state.step
+            if self.callback is not None or self.trace is not None:
                 self._observe(rows, state.step - 1, evaluator)
             if bar is not None:
-                bar.update()
+                bar.update(state.step - before)
         self.step[rows] = state.step
-        self._handle_faults(rows, state.step)
+        self._handle_faults(rows, kernel, state)
+
+    def _until(self, step: int, stride: int) -> int:
+        """Where the next call of a kernel ends: after `stride` steps, or where something has to be looked at."""
+        until = min(self.call.target, step + stride)
+        if self.callback is not None:
+            return step + 1
+        if self.trace is not None:
+            until = min(until, step - step % self.trace.every + self.trace.every)
+        return until
 
     def _observe(self, rows: slice, t: int, evaluator) -> None:
         sigma = self.coefficients.sigma[t - self.call.base]
@@ -348,7 +413,7 @@ class _Chains:
             energy = self.run_.plan.program.evaluate(evaluator.energies(x, sigma), sigma) if self.trace.energy else None
         self._kept.setdefault(t + 1, []).append((rows.start, energy, x.clone() if self.trace.states else None))
 
-    def _handle_faults(self, rows: slice, step: int) -> None:
+    def _handle_faults(self, rows: slice, kernel, state) -> None:
         if not self.faults[rows].any():
             return
         found = [self._fault(row, int(self.faults[row])) for row in self._faulty(rows)]
@@ -357,9 +422,17 @@ class _Chains:
         if policy == "raise":
             raise NonFiniteError(sorted(found, key=_by_step), "energy gradient or state")
         if policy == "restart":
-            for row in self._faulty(rows):
+            self._restart(rows, kernel, state)
+
+    def _restart(self, rows: slice, kernel, state) -> None:
+        """Draw faulty chains anew, each at the step after its fault, until none is left."""
+        while faulty := self._faulty(rows):
+            for row in faulty:
+                step = int(self.faults[row]) >> 16
+                self.faults_seen.add(self._fault(row, int(self.faults[row])))
                 self.x[row] = self.initial(row, 1, step)[0]
                 self.faults[row] = 0
+                kernel.catch_up(state, row - rows.start, step)
 
     def _faulty(self, rows: slice) -> list[int]:
         return (torch.nonzero(self.faults[rows]).flatten() + rows.start).tolist()

@@ -150,6 +150,7 @@ class Report:
     effective_temperature: tuple[float, float]
     versions: Mapping[str, str]
     captured: bool = False
+    engine: str = "step"
     faults: list[Fault] = field(default_factory=list)
 
     @property
@@ -161,19 +162,43 @@ class Report:
         low, high = self.effective_temperature
         heat = f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
         faults = f", {len(self.faults)} non-finite" if self.faults else ""
-        return (f"{self.chains} chains x {self.steps} steps on {self.backend} ({self.device}) in {self.seconds:.2f} s,"
+        where = f"{self.backend} ({self.engine} engine, {self.device})"
+        return (f"{self.chains} chains x {self.steps} steps on {where} in {self.seconds:.2f} s,"
                 f" {self.steps_per_second:,.0f} chain steps/s, micro-batch {self.micro_batch}, seed {self.seed},"
                 f" effective temperature {heat}{faults}")
 
 
-@dataclass
 class Result:
-    """x `[n, *S]`; energy `[n]` and leaf_energies `[n, K]` (None with energies=False); what ran, and how to go on."""
+    """What a call returns.
 
-    x: torch.Tensor
-    energy: torch.Tensor | None
-    leaf_energies: torch.Tensor | None
-    trace: TraceResult | None
-    state: SampleState
-    report: Report
-    acceptance: torch.Tensor | None = None
+    Attributes:
+        x: final states `[n, *S]`.
+        energy, leaf_energies: `[n]` and `[n, K]`, None with energies=False.
+        trace: a `TraceResult`, or None.
+        acceptance: None for samplers that accept every step.
+        state: a `SampleState` that resumes; its x is this one.
+        report: a `Report` of what ran.
+
+    `state` and `report` may be given as functions; they are made when they are first asked for.
+    """
+
+    def __init__(self, x, energy, leaf_energies, trace, state, report, acceptance=None):
+        self.x, self.energy, self.leaf_energies, self.trace, self.acceptance = x, energy, leaf_energies, trace, acceptance
+        self._state, self._report = state, report
+
+    @property
+    def state(self) -> SampleState:
+        """Where every chain stands; `sample(..., resume=r.state)` goes on."""
+        if callable(self._state):
+            self._state = self._state()
+        return self._state
+
+    @property
+    def report(self) -> Report:
+        """What ran."""
+        if callable(self._report):
+            self._report = self._report()
+        return self._report
+
+    def __repr__(self):
+        return f"Result(x={list(self.x.shape)}, {self.report})"

@@ -16,7 +16,13 @@ from ebmfast._native import core
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 FLAGS = ["-std=c++17", *core.build_info()["flags"].split(), "-fPIC", "-fvisibility=hidden", "-c"]
-MARCH = {"scalar": "x86-64", "baseline": "x86-64", "x86-64-v3": "x86-64-v3", "x86-64-v4": "x86-64-v4"}
+MARCH = {
+    "scalar": ["-march=x86-64"],
+    "baseline": ["-march=x86-64"],
+    "x86-64-v3": ["-march=x86-64-v3"],
+    "x86-64-v4": ["-march=x86-64-v4"],
+    "x86-64-v4-bf16": ["-march=x86-64-v4", "-mavx512bf16"],
+}
 X86 = os.uname().machine == "x86_64"
 
 
@@ -41,21 +47,25 @@ def run(*command, check: bool = True, env: dict[str, str] | None = None, **optio
 
 
 @pytest.fixture(scope="module", params=MARCH if X86 else ["scalar"])
-def level(request, tmp_path_factory) -> tuple[str, Path]:
-    """One instruction-set file, compiled as CMake does; also the levels that this CPU cannot run."""
+def level(request, tmp_path_factory) -> tuple[str, dict[str, Path]]:
+    """The files of one instruction set, compiled as CMake does; also the levels that this CPU cannot run."""
     (compiler,) = need("g++")
-    out = tmp_path_factory.mktemp("level") / "kernels.o"
-    march = [f"-march={MARCH[request.param]}"] if X86 else []
-    defines = ["-DEBMFAST_TABLE=table", '-DEBMFAST_LEVEL="test"']
+    folder = tmp_path_factory.mktemp("level")
+    march = MARCH[request.param] if X86 else []
+    defines = ["-DEBMFAST_TABLE=table", "-DEBMFAST_CHAIN_TABLE=table", '-DEBMFAST_LEVEL="test"']
     defines += ["-DEBMFAST_SCALAR"] if request.param == "scalar" else []
-    run(compiler, *FLAGS, *march, *defines, CSRC / "kernels.cpp", "-o", out)
-    return request.param, out
+    objects = {}
+    for name in ("kernels", "chain_kernels"):
+        objects[name] = folder / f"{name}.o"
+        run(compiler, *FLAGS, *march, *defines, CSRC / f"{name}.cpp", "-o", objects[name])
+    return request.param, objects
 
 
-def test_no_weak_symbols(level):
+@pytest.mark.parametrize("name", ["kernels", "chain_kernels"])
+def test_no_weak_symbols(level, name):
     """A weak symbol could be the copy that the linker gives to every level."""
     (nm,) = need("nm")
-    lines = [line.split() for line in run(nm, "-C", level[1]).stdout.splitlines()]
+    lines = [line.split() for line in run(nm, "-C", level[1][name]).stdout.splitlines()]
     defined = [line for line in lines if len(line) > 2 and re.match("[0-9a-f]+$", line[0])]
     assert not [line for line in defined if line[1] in "wWvVu"]
     assert [line[2] for line in defined if line[1].isupper()] == ["ebmfast::table"]
@@ -64,17 +74,33 @@ def test_no_weak_symbols(level):
 def test_no_contraction_and_vectors_are_used(level):
     """No fused multiply-add, no call to sqrt; and the products of Philox fill the registers of the level."""
     (objdump,) = need("objdump")
-    text = run(objdump, "-d", "--no-show-raw-insn", level[1]).stdout
+    text = run(objdump, "-d", "--no-show-raw-insn", level[1]["kernels"]).stdout
     assert not re.search(r"\bv?fn?m(add|sub)", text) and "sqrtf" not in text
     if X86 and level[0] != "scalar":
-        register = {"baseline": "xmm", "x86-64-v3": "ymm", "x86-64-v4": "zmm"}[level[0]]
+        register = {"baseline": "xmm", "x86-64-v3": "ymm"}.get(level[0], "zmm")
         assert len(re.findall(rf"\bv?pmuludq .*%{register}", text)) >= 40
 
 
+@pytest.mark.skipif(not X86, reason="x86 instructions")
+def test_products_of_matrices_use_the_registers_of_the_level(level):
+    """Fused multiply-adds on whole registers, pairs of bfloat16 where the level has them; nothing wider than the level."""
+    (objdump,) = need("objdump")
+    text = run(objdump, "-d", "--no-show-raw-insn", level[1]["chain_kernels"]).stdout
+    fused = {register: len(re.findall(rf"\bvfmadd.*%{register}", text)) for register in ("xmm", "ymm", "zmm")}
+    if level[0] in ("scalar", "baseline"):
+        assert not any(fused.values()) and "%ymm" not in text
+    else:
+        register = "ymm" if level[0] == "x86-64-v3" else "zmm"
+        assert fused[register] > 200 and fused[register] > 20 * fused["xmm"]
+    assert ("vdpbf16ps" in text) == (level[0] == "x86-64-v4-bf16")
+    assert "%zmm" not in text or level[0].startswith("x86-64-v4")
+
+
 def test_no_stl():
-    for name in ("kernels.cpp", "kernels.h", "simd.h", "philox.h"):
-        included = set(re.findall(r"#include [<\"](.*)[>\"]", (CSRC / name).read_text()))
-        assert included <= {"stddef.h", "stdint.h", "immintrin.h", "kernels.h", "simd.h", "philox.h"}, name
+    files = ("kernels.cpp", "kernels.h", "chain_kernels.cpp", "chain_kernels.h", "simd.h", "philox.h", "lane_math.h")
+    allowed = {"stddef.h", "stdint.h", "immintrin.h", *files}
+    for name in files:
+        assert set(re.findall(r"#include [<\"](.*)[>\"]", (CSRC / name).read_text())) <= allowed, name
 
 
 def import_native(**env: str) -> subprocess.CompletedProcess:
@@ -122,7 +148,7 @@ def test_a_missing_build_says_what_to_do(tmp_path, in_source_tree, advice):
 def test_build_info():
     info = core.build_info()
     assert info["version"] == "0.1.0" and "-ffp-contract=off" in info["flags"] and info["compiler"]
-    assert [lanes for _, _, lanes in core.levels()] == ([1, 4, 8, 16] if X86 else [1])
+    assert [lanes for _, _, lanes in core.levels()] == ([1, 4, 8, 16, 16] if X86 else [1])
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])

@@ -91,6 +91,15 @@ class Annealed:
         """Standard deviation of `init="normal"`: the first noise level."""
         return self.sigmas[0]
 
+    def native_options(self) -> dict:
+        """What the chain engine has to know of a step beside its coefficients."""
+        return self.inner.native_options()
+
+    @property
+    def fixed_schedule(self) -> bool:
+        """Whether the coefficients of a step are the same in every call."""
+        return True
+
     def coefficients(self, expression: Expression, steps: int, start: int = 0) -> Coefficients:
         """Drift, noise and level of steps `start` to `start + steps - 1`."""
         heat = self.inner.temperature

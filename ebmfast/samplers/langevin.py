@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from time import perf_counter
 from typing import NamedTuple
 
 import torch
 
+from ..chain import BoundChain
 from ..composition import Expression
 from .schedule import Coefficients, Schedule, values
 
@@ -98,6 +100,16 @@ class Langevin:
         """
         return cls(drift=step, noise=sigma, noise_first=True, clamp=clamp, **options)
 
+    def native_options(self) -> dict:
+        """What the chain engine has to know of a step beside its coefficients."""
+        return {"noise_first": self.noise_first, "clamp": self.clamp, "clip_value": self.grad_clip_value,
+                "clip_norm": self.grad_clip_norm}
+
+    @property
+    def fixed_schedule(self) -> bool:
+        """Whether the coefficients of a step are the same in every call: no schedule is a callable."""
+        return not any(map(callable, (self.step_size, self.temperature, self.drift, self.noise)))
+
     def coefficients(self, expression: Expression, steps: int, start: int = 0) -> Coefficients:
         """Drift and noise of steps `start` to `start + steps - 1`."""
         if self.step_size is None and self.drift is None:
@@ -118,8 +130,10 @@ class Langevin:
         """Standard deviation of `init="normal"`."""
         return 1.0
 
-    def bind(self, evaluator, backend, coefficients: Coefficients, start: int, **fixed) -> LangevinKernel:
-        """`init` and `step` on one micro-batch; `fixed`: seed, first_chain, frozen_mask."""
+    def bind(self, evaluator, backend, coefficients: Coefficients, start: int, **fixed) -> LangevinKernel | ChainKernel:
+        """`init` and `advance` on one micro-batch; `fixed`: seed, first_chain, frozen_mask."""
+        if isinstance(evaluator, BoundChain):
+            return ChainKernel(evaluator, coefficients, start, **fixed)
         return LangevinKernel(self, evaluator, backend, coefficients, start, fixed)
 
 
@@ -128,6 +142,8 @@ class LangevinKernel:
 
     `step` updates `state.x` and `state.faults` in place.
     """
+
+    stride = 1  # steps that `advance` is best asked for
 
     def __init__(self, sampler: Langevin, evaluator, backend, coefficients: Coefficients, start: int, fixed: dict):
         self.sampler, self.evaluator, self.backend = sampler, evaluator, backend
@@ -147,6 +163,15 @@ class LangevinKernel:
         self._perturb = self.backend.prepare(x, n_gradients=0, **options) if self.sampler.noise_first else None
         return LangevinState(x, self.start if step is None else step, faults)
 
+    def advance(self, state: LangevinState, until: int) -> LangevinState:
+        """Steps up to, and without, step `until`."""
+        while state.step < until:
+            state, _ = self.step(state)
+        return state
+
+    def catch_up(self, state: LangevinState, row: int, step: int) -> None:
+        """Bring a chain that starts anew at `step` to where the others are: it is there, for each step is looked at."""
+
     def step(self, state: LangevinState) -> tuple[LangevinState, LangevinInfo]:
         """One step of every chain that has no fault."""
         x, t, faults = state
@@ -158,3 +183,56 @@ class LangevinKernel:
         gradients, energies = self.evaluator.gradients(x, sigma)
         self._move(gradients, self._ones, drift, noise, t)
         return LangevinState(x, t + 1, faults), LangevinInfo(energies)
+
+
+class ChainKernel:
+    """Langevin steps of chains that run whole in the chain engine: `init(x) -> state`, `advance(state, until) -> state`.
+
+    `advance` updates `state.x` and `state.faults` in place. `stride` keeps a call near `PATIENCE` seconds, so that
+    interrupts and progress bars are served; it never changes a result.
+    """
+
+    PATIENCE = 0.05
+
+    def __init__(self, bound: BoundChain, coefficients: Coefficients, start: int, *, seed: int, first_chain: int,
+                 frozen_mask: torch.Tensor | None = None):
+        self.chain, self.conditions = bound.chain, bound.conditions
+        self.coefficients, self.start = coefficients, start
+        self.seed, self.first_chain, self.frozen_mask = seed, first_chain, frozen_mask
+        self.stride = 1 << 20
+
+    def init(self, x: torch.Tensor, step: int | None = None, faults: torch.Tensor | None = None) -> LangevinState:
+        """The state of chains `x` `[B, *S]` before step `step`."""
+        if faults is None:
+            faults = torch.zeros(x.shape[0], dtype=torch.int64)
+        self.stride = max(1, self.chain.steps_within(self.PATIENCE, x.shape[0]))
+        return LangevinState(x, self.start if step is None else step, faults)
+
+    def advance(self, state: LangevinState, until: int) -> LangevinState:
+        """Steps up to, and without, step `until`."""
+        began, steps = perf_counter(), until - state.step
+        self._run(state.x, state.faults, state.step, until, slice(None))
+        seconds = perf_counter() - began
+        if seconds > 2 * self.PATIENCE or (steps == self.stride and seconds < self.PATIENCE / 2):
+            self.stride = max(1, int(steps * self.PATIENCE / max(seconds, 1e-6)))
+        return state._replace(step=until)
+
+    def catch_up(self, state: LangevinState, row: int, step: int) -> None:
+        """Bring a chain that starts anew at `step` to where the others are."""
+        if step < state.step:
+            rows = slice(row, row + 1)
+            self._run(state.x[rows], state.faults[rows], step, state.step, rows)
+
+    def _run(self, x: torch.Tensor, faults: torch.Tensor, step: int, until: int, rows: slice) -> None:
+        drift, noise = self.coefficients.float32
+        conditions, first = self.conditions, self.first_chain + (rows.start or 0)
+        frozen = self.frozen_mask
+        if rows.start is not None:
+            conditions = [c[rows] for c in conditions]
+            frozen = frozen[rows] if frozen is not None and frozen.ndim == x.ndim else frozen
+        while step < until:
+            i, stop = step - self.start, self.coefficients.same_level(step - self.start, until - self.start)
+            self.chain.run(
+                x, faults, conditions, drift[i:stop], noise[i:stop], self.coefficients.sigma[i], step=step, seed=self.seed,
+                first_chain=first, frozen_mask=frozen)
+            step = self.start + stop

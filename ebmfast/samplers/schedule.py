@@ -4,18 +4,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from numbers import Real
-from typing import NamedTuple
+
+import torch
 
 Schedule = float | Sequence[float] | Callable[[int], float]
 
 
-class Coefficients(NamedTuple):
+@dataclass(frozen=True)
+class Coefficients:
     """What every step of a call does: entry `i` belongs to step `start + i`."""
 
     drift: list[float]
     noise: list[float]
     sigma: list[float | None]
+
+    @cached_property
+    def float32(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Drift and noise as kernels read them."""
+        return torch.tensor(self.drift, dtype=torch.float32), torch.tensor(self.noise, dtype=torch.float32)
+
+    def same_level(self, i: int, stop: int) -> int:
+        """The end of the longest stretch from entry `i` to `stop` that has one noise level."""
+        level = self.sigma[i]
+        if level is None:
+            return stop
+        return next((j for j in range(i + 1, stop) if self.sigma[j] != level), stop)
 
     def temperature(self) -> tuple[float, float]:
         """Least and greatest effective temperature noise²/(2·drift) over the steps with noise."""

@@ -1,0 +1,665 @@
+// The chain engine of one instruction set: compiled once per level, EBMFAST_CHAIN_TABLE naming its table. As in kernels.cpp, no STL
+// and nothing with external linkage but the table.
+//
+// Per step and tile: the energy (where an OR needs it) and gradient of every unit, the program's weights, the update with its noise.
+// Products of matrices keep a block of `panel` outputs x `vectors` of chains in registers and broadcast the weights.
+
+#include <stddef.h>
+
+#include "chain_kernels.h"
+#include "simd.h"
+
+namespace ebmfast {
+namespace {
+
+using V = VectorLane;
+using F = V::F;
+using I = V::I;
+using M = V::M;
+constexpr int W = V::width;
+constexpr int kPanel = W == 16 ? 12 : 6;  // of 32 and 16 registers
+
+struct FloatProduct {
+    using Weight = float;
+    using Input = float;
+    static EBMFAST_HD int rows(int inputs) { return inputs; }
+    static EBMFAST_HD F load(const float* p) { return V::load(p); }
+    static EBMFAST_HD F spread(float w) { return V::set(w); }
+    static EBMFAST_HD F add(F acc, F w, F h) { return V::fma(w, h, acc); }
+    using Operand = F;
+};
+
+#if defined(__AVX512BF16__)
+struct PairProduct {
+    using Weight = uint32_t;
+    using Input = uint32_t;
+    static EBMFAST_HD int rows(int inputs) { return (inputs + 1) / 2; }
+    static EBMFAST_HD I load(const uint32_t* p) { return V::load_int(p); }
+    static EBMFAST_HD I spread(uint32_t w) { return V::set_int(w); }
+    static EBMFAST_HD F add(F acc, I w, I h) { return V::dot_pairs(w, h, acc); }
+    using Operand = I;
+};
+#endif
+
+// What becomes of a product p: p + shift, scale p + shift, or p times what `out` holds. The stride is 0 for one value per output.
+struct Epilogue {
+    const float *shift, *scale;
+    int stride;
+    bool multiply;
+};
+
+EBMFAST_HD F of_output(const float* p, int stride, int output, int lane) {
+    return stride == 0 ? V::set(p[output]) : V::load(p + output * stride + lane);
+}
+
+// out[output + 0 .. J) of N vectors of chains.
+template <class P, int N, int J>
+void panel(const typename P::Weight* w, const typename P::Input* h, int rows, int output, float* out, const Epilogue& e) {
+    constexpr int T = N * W;
+    F sum[J][N];
+    const bool start = e.shift != nullptr && e.scale == nullptr;
+#pragma GCC unroll 12
+    for (int j = 0; j < J; ++j) {
+#pragma GCC unroll 2
+        for (int v = 0; v < N; ++v) sum[j][v] = start ? of_output(e.shift, e.stride, output + j, v * W) : V::set(0.0f);
+    }
+    for (int i = 0; i < rows; ++i, w += J, h += T) {
+        typename P::Operand in[N];
+#pragma GCC unroll 2
+        for (int v = 0; v < N; ++v) in[v] = P::load(h + v * W);
+#pragma GCC unroll 12
+        for (int j = 0; j < J; ++j) {
+            const auto weight = P::spread(w[j]);
+#pragma GCC unroll 2
+            for (int v = 0; v < N; ++v) sum[j][v] = P::add(sum[j][v], weight, in[v]);
+        }
+    }
+    out += output * T;
+#pragma GCC unroll 12
+    for (int j = 0; j < J; ++j) {
+#pragma GCC unroll 2
+        for (int v = 0; v < N; ++v) {
+            F y = sum[j][v];
+            if (e.scale != nullptr) {
+                const F scale = of_output(e.scale, e.stride, output + j, v * W);
+                y = V::fma(y, scale, of_output(e.shift, e.stride, output + j, v * W));
+            }
+            float* p = out + j * T + v * W;
+            V::store(p, e.multiply ? V::mul(y, V::load(p)) : y);
+        }
+    }
+}
+
+template <class P, int N>
+void product(const typename P::Weight* w, const typename P::Input* h, int inputs, int outputs, float* out, const Epilogue& e) {
+    const int rows = P::rows(inputs);
+    for (int done = 0, size; done < outputs; done += size, w += size * rows) {
+        size = panel_size(kPanel, outputs - done);
+        switch (size) {
+            case kPanel: panel<P, N, kPanel>(w, h, rows, done, out, e); break;
+            case 8: panel<P, N, kPanel == 12 ? 8 : 1>(w, h, rows, done, out, e); break;
+            case 4: panel<P, N, 4>(w, h, rows, done, out, e); break;
+            case 2: panel<P, N, 2>(w, h, rows, done, out, e); break;
+            default: panel<P, N, 1>(w, h, rows, done, out, e); break;
+        }
+    }
+}
+
+// Rows of z become activations, unless `keep` is false, and slope = activation'(z) times `factor` and `scale` (null: 1).
+struct Activate {
+    float *z, *slope;
+    int rows;
+    const float *factor, *scale;  // factor [rows]; scale as in Epilogue
+    int scale_stride;
+    const float* read_out;  // adds read_out . activation to `energy`; or null
+    float* energy;
+};
+
+template <int N, Activation a, bool keep> void activate_rows(const Activate& t) {
+    constexpr int T = N * W;
+    F energy[N];
+    for (int v = 0; v < N; ++v) energy[v] = V::set(0.0f);
+    for (int j = 0; j < t.rows; ++j) {
+#pragma GCC unroll 2
+        for (int v = 0; v < N; ++v) {
+            float* z = t.z + j * T + v * W;
+            const Slope<V> s = activate<V, a>(V::load(z));
+            if (keep) V::store(z, s.value);
+            if (!keep && t.read_out != nullptr) energy[v] = V::fma(V::set(t.read_out[j]), s.value, energy[v]);
+            if (t.slope != nullptr) {
+                F d = s.derivative;
+                if (t.factor != nullptr) d = V::mul(d, V::set(t.factor[j]));
+                if (t.scale != nullptr) d = V::mul(d, of_output(t.scale, t.scale_stride, j, v * W));
+                V::store(t.slope + j * T + v * W, d);
+            }
+        }
+    }
+    if (!keep && t.read_out != nullptr) {
+        for (int v = 0; v < N; ++v) V::store(t.energy + v * W, V::add(V::load(t.energy + v * W), energy[v]));
+    }
+}
+
+template <int N, bool keep> void activate_layer(Activation a, const Activate& t) {
+    switch (a) {
+        case Activation::silu: activate_rows<N, Activation::silu, keep>(t); break;
+        case Activation::relu: activate_rows<N, Activation::relu, keep>(t); break;
+        case Activation::tanh: activate_rows<N, Activation::tanh, keep>(t); break;
+        case Activation::softplus: activate_rows<N, Activation::softplus, keep>(t); break;
+        case Activation::gelu: activate_rows<N, Activation::gelu, keep>(t); break;
+        case Activation::gelu_tanh: activate_rows<N, Activation::gelu_tanh, keep>(t); break;
+    }
+}
+
+template <int N> void to_pairs(const float* rows, int n, float* pairs) {
+#if defined(__AVX512BF16__)
+    constexpr int T = N * W;
+    uint32_t* to = reinterpret_cast<uint32_t*>(pairs);
+    for (int i = 0; i < n; i += 2, rows += 2 * T, to += T) {
+        for (int v = 0; v < N; ++v) {
+            const F high = i + 1 < n ? V::load(rows + T + v * W) : V::set(0.0f);
+            V::store_int(to + v * W, V::pair(V::load(rows + v * W), high));
+        }
+    }
+#else
+    (void)rows, (void)n, (void)pairs;
+#endif
+}
+
+template <int N> class Tile {
+public:
+    static constexpr int T = N * W;
+
+    Tile(const ChainArgs& a, int64_t first, int count, float* scratch) : a_(a), first_(first), count_(count), s_(scratch), size_(int(a.size)) {
+        load_rows(a.x + first * a.size, a.size, size_, row(a.rows.x));
+        for (int u = 0; u < a.n_units; ++u) {
+            for (int l = 0; l < a.units[u].n_layers; ++l) {
+                if (a.units[u].layers[l].own_rows >= 0) fold(a.units[u].layers[l]);
+            }
+        }
+    }
+
+    void run() {
+        start();
+        float *from = row(a_.rows.x), *to = row(a_.rows.moved);
+        if (!a_.has_or) reverse_pass();
+        for (int64_t i = 0; i < a_.steps; ++i) {
+            const uint32_t step = a_.id.step + uint32_t(i);
+            float noise = a_.noise[i];
+            if (a_.noise_first) {
+                if (noise != 0.0f) move<false>(from, to, 0.0f, noise, step), swap(from, to);
+                noise = 0.0f;
+            }
+            a_.has_or ? gradients<true>(from) : gradients<false>(from);
+            if (a_.has_or) program_weights();
+            move<true>(from, to, a_.drift[i], noise, step);
+            swap(from, to);
+        }
+        store_rows(from);
+    }
+
+    void energies() {
+        const float* x = row(a_.rows.x);
+        for (int u = 0; u < a_.n_units; ++u) {
+            float* e = row(a_.rows.energies + u);
+            evaluate<true, false>(a_.units[u], x, nullptr, e);
+            for (int c = 0; c < count_; ++c) a_.energies[u * a_.chains + first_ + c] = e[c];
+        }
+    }
+
+private:
+    float* row(int64_t r) { return s_ + r * T; }
+    uint32_t* words(int64_t r) { return reinterpret_cast<uint32_t*>(row(r)); }
+    float* conditions(int r) { return row(a_.rows.conditions + r); }
+    static void swap(float*& a, float*& b) {
+        float* t = a;
+        a = b, b = t;
+    }
+
+    // [count][stride] to [n][T]; the lanes past `count` repeat the last chain.
+    void load_rows(const float* from, int64_t stride, int n, float* to) {
+        for (int c = 0; c < T; ++c) {
+            const float* p = from + (c < count_ ? c : count_ - 1) * stride;
+            for (int i = 0; i < n; ++i) to[i * T + c] = p[i];
+        }
+    }
+
+    void fold(const ChainLayer& layer) {
+        const ChainConditioning& k = layer.conditioning;
+        float *c = row(a_.rows.condition), *shifts = conditions(layer.own_rows), *scales = conditions(layer.own_rows + layer.out);
+        load_rows(a_.conditions[k.slot] + first_ * k.width, k.width, k.width, c);
+        for (int j = 0; j < layer.out; ++j) {
+            for (int v = 0; v < T; v += W) {
+                F scale = V::set(1.0f), shift = V::set(k.shift_bias != nullptr ? k.shift_bias[j] : 0.0f);
+                for (int i = 0; i < k.width && k.shift_weight != nullptr; ++i) {
+                    shift = V::fma(V::set(k.shift_weight[j * k.shift_stride + i]), V::load(c + i * T + v), shift);
+                }
+                if (k.scale_weight != nullptr) {
+                    F sum = V::set(k.scale_bias != nullptr ? k.scale_bias[j] : 0.0f);
+                    for (int i = 0; i < k.width; ++i) sum = V::fma(V::set(k.scale_weight[j * k.scale_stride + i]), V::load(c + i * T + v), sum);
+                    scale = V::add(scale, sum);
+                    V::store(scales + j * T + v, scale);
+                }
+                V::store(shifts + j * T + v, V::fma(scale, V::set(k.bias != nullptr ? k.bias[j] : 0.0f), shift));
+            }
+        }
+    }
+
+    struct Affine {
+        const float *shift, *scale;
+        int stride;
+    };
+
+    Affine affine(const ChainLayer& l) {
+        if (l.own_rows < 0) return {l.shift, l.scale, 0};
+        return {conditions(l.own_rows), l.conditioning.scale_weight != nullptr ? conditions(l.own_rows + l.out) : nullptr, T};
+    }
+
+    void store_rows(const float* from) {
+        for (int c = 0; c < count_; ++c) {
+            float* p = a_.x + (first_ + c) * a_.size;
+            for (int i = 0; i < size_; ++i) p[i] = from[i * T + c];
+        }
+    }
+
+    void start() {
+        uint32_t *dead = words(a_.rows.faults), *low = words(a_.rows.lanes), *high = words(a_.rows.lanes + 1);
+        any_held_ = a_.frozen != nullptr;
+        for (int c = 0; c < T; ++c) {
+            const uint64_t chain = a_.id.first_chain + uint64_t(first_ + c);
+            low[c] = uint32_t(chain);
+            high[c] = a_.id.stream << 28 | uint32_t(chain >> 32);
+            dead[c] = c >= count_ || a_.faults[first_ + c] != 0 ? 0x80000000u : 0u;
+            any_held_ |= dead[c] != 0 && c < count_;
+        }
+        if (a_.frozen == nullptr) return;
+        for (int c = 0; c < T; ++c) {
+            const uint8_t* frozen = a_.frozen + (first_ + (c < count_ ? c : count_ - 1)) * a_.frozen_stride;
+            for (int i = 0; i < size_; ++i) words(a_.rows.frozen)[i * T + c] = frozen[i] != 0 ? 0x80000000u : 0u;
+        }
+    }
+
+    template <bool energy> void gradients(const float* x) {
+        for (int u = 0; u < a_.n_units; ++u) {
+            evaluate<energy, true>(a_.units[u], x, row(a_.rows.gradients + int64_t(u) * size_), row(a_.rows.energies + u));
+        }
+    }
+
+    template <bool energy, bool gradient> void evaluate(const ChainUnit& u, const float* x, float* g, float* e) {
+        if (energy) {
+            for (int v = 0; v < N; ++v) V::store(e + v * W, V::set(u.constant));
+        }
+        switch (u.kind) {
+            case UnitKind::mlp: mlp<energy, gradient>(u, x, g, e); break;
+            case UnitKind::diagonal: diagonal<energy, gradient>(u, x, g, e); break;
+            case UnitKind::full: full<energy, gradient>(u, x, g, e); break;
+            case UnitKind::quartic: quartic<energy, gradient>(u, x, g, e); break;
+            case UnitKind::rosenbrock: rosenbrock<energy, gradient>(u, x, g, e); break;
+        }
+    }
+
+    template <class P>
+    void hidden(const typename P::Weight* w, const typename P::Input* h, const ChainLayer& l, float* out) {
+        const Affine a = affine(l);
+        product<P, N>(w, h, l.in, l.out, out, {a.shift, a.scale, a.stride, false});
+    }
+
+    // Forward: slopes of layer l hold activation'(z_l) scale_l, the last one's times the read-out, which is dE/d(product of the layer).
+    // Backward: slopes of layer l - 1 are multiplied by the transposed weights of layer l times the slopes of l.
+    template <bool energy, bool gradient> void mlp(const ChainUnit& u, const float* x, float* g, float* e) {
+        const float* h = x;
+        float *z = row(a_.rows.ping), *other = row(a_.rows.pong), *slope = row(a_.rows.slopes);
+        [[maybe_unused]] float* pairs = row(a_.rows.pairs);
+        for (int l = 0; l < u.n_layers; ++l) {
+            const ChainLayer& layer = u.layers[l];
+            const bool last = l + 1 == u.n_layers;
+#if defined(__AVX512BF16__)
+            if (layer.forward16 != nullptr) {
+                to_pairs<N>(h, layer.in, pairs);
+                hidden<PairProduct>(layer.forward16, reinterpret_cast<const uint32_t*>(pairs), layer, z);
+            } else
+#endif
+            {
+                hidden<FloatProduct>(layer.forward, h, layer, z);
+            }
+            const Affine own = affine(layer);
+            const Activate task{z, gradient ? slope : nullptr, layer.out, last ? u.read_out : nullptr, own.scale, own.stride,
+                                energy ? u.read_out : nullptr, e};
+            last ? activate_layer<N, false>(layer.activation, task) : activate_layer<N, true>(layer.activation, task);
+            slope += layer.out * T;
+            h = z;
+            swap(z, other);
+        }
+        if (u.n_layers == 0) linear<energy, gradient>(u, x, g, e);
+        if (!gradient) return;
+        for (int l = u.n_layers - 1; l >= 0; --l) {
+            const ChainLayer& layer = u.layers[l];
+            slope -= layer.out * T;
+            const Epilogue into{nullptr, nullptr, 0, l > 0};
+            float* out = l > 0 ? slope - layer.in * T : g;
+#if defined(__AVX512BF16__)
+            if (layer.backward16 != nullptr) {
+                to_pairs<N>(slope, layer.out, pairs);
+                product<PairProduct, N>(layer.backward16, reinterpret_cast<const uint32_t*>(pairs), layer.out, layer.in, out, into);
+                continue;
+            }
+#endif
+            product<FloatProduct, N>(layer.backward, slope, layer.out, layer.in, out, into);
+        }
+    }
+
+    template <bool energy, bool gradient> void linear(const ChainUnit& u, const float* x, float* g, float* e) {
+        for (int i = 0; i < size_; ++i) {
+            const F w = V::set(u.read_out[i]);
+            for (int v = 0; v < N; ++v) {
+                if (gradient) V::store(g + i * T + v * W, w);
+                if (energy) V::store(e + v * W, V::fma(w, V::load(x + i * T + v * W), V::load(e + v * W)));
+            }
+        }
+    }
+
+    template <bool energy, bool gradient> void diagonal(const ChainUnit& u, const float* x, float* g, float* e) {
+        F sum[N];
+        for (int v = 0; v < N; ++v) sum[v] = V::set(0.0f);
+        for (int i = 0; i < size_; ++i) {
+            const F mean = V::set(u.mean[i]), precision = V::set(u.precision[i]);
+            for (int v = 0; v < N; ++v) {
+                const F d = V::sub(V::load(x + i * T + v * W), mean), p = V::mul(precision, d);
+                if (gradient) V::store(g + i * T + v * W, p);
+                if (energy) sum[v] = V::fma(d, p, sum[v]);
+            }
+        }
+        add_energy<energy>(e, sum, 0.5f);
+    }
+
+    template <bool energy, bool gradient> void full(const ChainUnit& u, const float* x, float* g, float* e) {
+        float *d = row(a_.rows.ping), *p = gradient ? g : row(a_.rows.pong);
+        for (int i = 0; i < size_; ++i) {
+            const F mean = V::set(u.mean[i]);
+            for (int v = 0; v < N; ++v) V::store(d + i * T + v * W, V::sub(V::load(x + i * T + v * W), mean));
+        }
+        product<FloatProduct, N>(u.precision, d, size_, size_, p, {nullptr, nullptr, 0, false});
+        if (!energy) return;
+        F sum[N];
+        for (int v = 0; v < N; ++v) sum[v] = V::set(0.0f);
+        for (int i = 0; i < size_; ++i) {
+            for (int v = 0; v < N; ++v) sum[v] = V::fma(V::load(d + i * T + v * W), V::load(p + i * T + v * W), sum[v]);
+        }
+        add_energy<energy>(e, sum, 0.5f);
+    }
+
+    template <bool energy, bool gradient> void quartic(const ChainUnit& u, const float* x, float* g, float* e) {
+        const F a = V::set(u.a), a4 = V::set(4.0f * u.a), b = V::set(u.b), c = V::set(u.c);
+        F sum[N];
+        for (int v = 0; v < N; ++v) sum[v] = V::set(0.0f);
+        for (int i = 0; i < size_; ++i) {
+#pragma GCC unroll 2
+            for (int v = 0; v < N; ++v) {
+                const F y = V::load(x + i * T + v * W), d = V::sub(V::mul(y, y), b);
+                if (gradient) V::store(g + i * T + v * W, V::fma(V::mul(a4, y), d, c));
+                if (energy) sum[v] = V::add(sum[v], V::fma(V::mul(a, d), d, V::mul(c, y)));
+            }
+        }
+        add_energy<energy>(e, sum, 1.0f);
+    }
+
+    template <bool energy, bool gradient> void rosenbrock(const ChainUnit& u, const float* x, float* g, float* e) {
+        const F a = V::set(u.a), b = V::set(u.b), b2 = V::set(2.0f * u.b), minus_two = V::set(-2.0f);
+        for (int v = 0; v < N; ++v) {
+            F sum = V::set(0.0f), carried = V::set(0.0f), y = V::load(x + v * W);
+            for (int i = 0; i + 1 < size_; ++i) {
+                const F next = V::load(x + (i + 1) * T + v * W), r = V::fnma(y, y, next), q = V::sub(a, y), br = V::mul(b2, r);
+                if (gradient) V::store(g + i * T + v * W, V::fma(minus_two, V::fma(br, y, q), carried));
+                if (energy) sum = V::fma(V::mul(b, r), r, V::fma(q, q, sum));
+                carried = br;
+                y = next;
+            }
+            if (gradient) V::store(g + (size_ - 1) * T + v * W, carried);
+            if (energy) V::store(e + v * W, V::add(V::load(e + v * W), sum));
+        }
+    }
+
+    template <bool energy> static void add_energy(float* e, const F* sum, float factor) {
+        if (!energy) return;
+        for (int v = 0; v < N; ++v) V::store(e + v * W, V::fma(V::set(factor), sum[v], V::load(e + v * W)));
+    }
+
+    // dE/dE_u of every unit by a reverse pass over the tree; `shares` hold the softmax of an OR in its children's upstream rows.
+    void reverse_pass() {
+        for (int u = 0; u < a_.n_units; ++u) fill(a_.rows.weights + u, 0.0f);
+        fill(a_.rows.upstream + a_.n_nodes - 1, 1.0f);
+        for (int i = a_.n_nodes - 1; i >= 0; --i) {
+            const ChainNode& node = a_.nodes[i];
+            const float *up = row(a_.rows.upstream + i), *w = a_.values + node.first_value;
+            if (node.code == kLeaf) {
+                float* to = row(a_.rows.weights + node.unit);
+                for (int v = 0; v < T; v += W) V::store(to + v, V::add(V::load(to + v), V::load(up + v)));
+                continue;
+            }
+            for (int c = 0; c < node.n_children; ++c) {
+                float* to = row(a_.rows.upstream + a_.children[node.first_child + c]);
+                for (int v = 0; v < T; v += W) {
+                    const F share = node.code == kSum ? V::set(w[c]) : V::load(to + v);
+                    V::store(to + v, V::mul(share, V::load(up + v)));
+                }
+            }
+        }
+    }
+
+    void program_weights() {
+        for (int i = 0; i < a_.n_nodes; ++i) {
+            const ChainNode& node = a_.nodes[i];
+            const float* w = a_.values + node.first_value;
+            for (int v = 0; v < T; v += W) {
+                F value = V::set(0.0f);
+                if (node.code == kLeaf) {
+                    value = V::load(row(a_.rows.energies + node.unit) + v);
+                } else if (node.code == kSum) {
+                    for (int c = 0; c < node.n_children; ++c) value = V::fma(V::set(w[c]), child(node, c, v), value);
+                } else {
+                    value = logsumexp(node, w, v);
+                }
+                V::store(row(a_.rows.values + i) + v, value);
+            }
+        }
+        reverse_pass();
+    }
+
+    F child(const ChainNode& node, int c, int v) { return V::load(row(a_.rows.values + a_.children[node.first_child + c]) + v); }
+
+    // -(1/s) logsumexp(-s E_c + log w_c), w = (s, log w_0, ...); leaves the softmax in the children's upstream rows.
+    F logsumexp(const ChainNode& node, const float* w, int v) {
+        const F s = V::set(w[0]);
+        F top = V::fnma(s, child(node, 0, v), V::set(w[1]));
+        for (int c = 1; c < node.n_children; ++c) top = V::at_least(top, V::fnma(s, child(node, c, v), V::set(w[c + 1])));
+        F sum = V::set(0.0f);
+        for (int c = 0; c < node.n_children; ++c) {
+            const F p = exponential<V>(V::sub(V::fnma(s, child(node, c, v), V::set(w[c + 1])), top));
+            sum = V::add(sum, p);
+            V::store(row(a_.rows.upstream + a_.children[node.first_child + c]) + v, p);
+        }
+        const F inverse = V::div(V::set(1.0f), sum);
+        for (int c = 0; c < node.n_children; ++c) {
+            float* p = row(a_.rows.upstream + a_.children[node.first_child + c]) + v;
+            V::store(p, V::mul(V::load(p), inverse));
+        }
+        return V::div(V::sub(V::set(0.0f), V::add(top, logarithm<V>(sum))), s);
+    }
+
+    void fill(int64_t r, float value) {
+        for (int v = 0; v < T; v += W) V::store(row(r) + v, V::set(value));
+    }
+
+    // sum_u w_u g_u of one row and vector, clipped elementwise.
+    EBMFAST_HD F combined(int64_t i, int v) {
+        const float* g = row(a_.rows.gradients + i) + v * W;
+        const float* w = row(a_.rows.weights) + v * W;
+        F sum = V::mul(V::load(w), V::load(g));
+        for (int u = 1; u < a_.n_units; ++u) sum = V::fma(V::load(w + u * T), V::load(g + int64_t(u) * size_ * T), sum);
+        return a_.clips ? V::at_most(V::set(a_.clip), V::at_least(V::set(-a_.clip), sum)) : sum;
+    }
+
+    // Writes the combined gradient, scaled to a norm of at most clip_norm: NaN where the norm is not finite, so that nothing moves.
+    void clip_norm() {
+        float* g = row(a_.rows.combined);
+        F largest[N], sum[N];
+        for (int v = 0; v < N; ++v) largest[v] = sum[v] = V::set(0.0f);
+        for (int i = 0; i < size_; ++i) {
+            for (int v = 0; v < N; ++v) {
+                F y = combined(i, v);
+                V::store(g + i * T + v * W, y);
+                if (a_.frozen != nullptr) y = V::select(frozen(i, v), V::set(0.0f), y);
+                largest[v] = V::at_least(largest[v], absolute<V>(y));
+            }
+        }
+        for (int v = 0; v < N; ++v) largest[v] = V::at_least(V::set(1e-30f), largest[v]);
+        for (int i = 0; i < size_; ++i) {
+            for (int v = 0; v < N; ++v) {
+                F y = V::load(g + i * T + v * W);
+                if (a_.frozen != nullptr) y = V::select(frozen(i, v), V::set(0.0f), y);
+                y = V::div(y, largest[v]);  // no square overflows
+                sum[v] = V::fma(y, y, sum[v]);
+            }
+        }
+        const F limit = V::set(a_.clip_norm), one = V::set(1.0f);
+        for (int v = 0; v < N; ++v) {
+            const F norm = V::mul(largest[v], V::sqrt(sum[v]));
+            const F factor = V::select(V::less(limit, norm), V::div(limit, norm), one);
+            const F nan = V::sub(norm, norm);  // 0, or NaN where the norm is not finite
+            sum[v] = V::add(factor, nan);
+        }
+        for (int i = 0; i < size_; ++i) {
+            for (int v = 0; v < N; ++v) V::store(g + i * T + v * W, V::mul(sum[v], V::load(g + i * T + v * W)));
+        }
+    }
+
+    M frozen(int64_t i, int v) { return V::sign(V::load_int(words(a_.rows.frozen + i) + v * W)); }
+
+    // to = clamp(from - drift g + noise z), or from + noise z; elements that are not finite, held or frozen stay.
+    template <bool gradient> void move(const float* from, float* to, float drift, float noise, uint32_t step) {
+        if (gradient && a_.clips_norm) clip_norm();
+        const Key key{uint32_t(a_.id.seed), uint32_t(a_.id.seed >> 32)};
+        const F d = V::set(drift), n = V::set(noise), low = V::set(a_.low), high = V::set(a_.high);
+        const uint32_t *lane_low = words(a_.rows.lanes), *lane_high = words(a_.rows.lanes + 1), *dead = words(a_.rows.faults);
+        const bool clamps = gradient && a_.clamps;
+        uint32_t lost[N] = {};
+        for (int block = 0; 4 * block < size_; ++block) {
+            const int rows = size_ - 4 * block < 4 ? size_ - 4 * block : 4;
+            for (int v = 0; v < N; ++v) {
+                Quad<V> z{};
+                if (noise != 0.0f) {
+                    z = normals<V>(philox<V>(
+                        V::set_wide(uint32_t(block)), V::set_wide(step), V::widen(V::load_int(lane_low + v * W)),
+                        V::widen(V::load_int(lane_high + v * W)), key
+                    ));
+                }
+                for (int r = 0; r < rows; ++r) {
+                    const int64_t i = 4 * block + r;
+                    const F x = V::load(from + i * T + v * W);
+                    F t = x;
+                    if (gradient) {
+                        const F g = a_.clips_norm ? V::load(row(a_.rows.combined) + i * T + v * W) : combined(i, v);
+                        t = V::sub(t, V::mul(d, g));
+                    }
+                    if (noise != 0.0f) t = V::add(t, V::mul(n, z.v[r]));
+                    const M finite = V::finite(t);
+                    uint32_t bad = ~V::bits(finite) & all();
+                    t = V::select(finite, t, x);
+                    if (clamps) t = V::at_most(high, V::at_least(low, t));
+                    if (any_held_) {
+                        t = V::select(V::sign(V::load_int(dead + v * W)), x, t);
+                        if (a_.frozen != nullptr) {
+                            t = V::select(frozen(i, v), x, t);
+                            bad &= ~V::bits(frozen(i, v));
+                        }
+                    }
+                    lost[v] |= bad;
+                    V::store(to + i * T + v * W, t);
+                }
+            }
+        }
+        for (int v = 0; v < N; ++v) {
+            if (__builtin_expect(lost[v] != 0, 0)) record(lost[v], v, step, gradient);
+        }
+    }
+
+    static constexpr uint32_t all() { return (1u << W) - 1; }
+
+    void record(uint32_t lost, int v, uint32_t step, bool gradient) {
+        uint32_t* dead = words(a_.rows.faults) + v * W;
+        for (; lost != 0; lost &= lost - 1) {
+            const int lane = __builtin_ctz(lost);
+            if (dead[lane] != 0) continue;
+            dead[lane] = 0x80000000u;
+            any_held_ = true;
+            a_.faults[first_ + v * W + lane] = ((int64_t(step) + 1) << 16) + (gradient ? blame(v * W + lane) : 0);
+        }
+    }
+
+    // 1 + the leaf of the first unit whose energy, or gradient where the chain may move, is not finite; 0 if there is none.
+    int64_t blame(int lane) {
+        for (int u = 0; u < a_.n_units; ++u) {
+            bool fine = !a_.has_or || finite(row(a_.rows.energies + u)[lane]);
+            const float* g = row(a_.rows.gradients + int64_t(u) * size_);
+            for (int i = 0; i < size_ && fine; ++i) {
+                fine = finite(g[i * T + lane]) || (a_.frozen != nullptr && words(a_.rows.frozen + i)[lane] != 0);
+            }
+            if (!fine) return a_.units[u].leaf + 1;
+        }
+        return 0;
+    }
+
+    static bool finite(float y) { return ScalarLane::finite(y); }
+
+    const ChainArgs& a_;
+    const int64_t first_;
+    const int count_;
+    float* const s_;
+    const int size_;
+    bool any_held_ = false;
+};
+
+void run(const ChainArgs& a, int64_t first, int count, int vectors, float* scratch) {
+    vectors == 1 ? Tile<1>(a, first, count, scratch).run() : Tile<2>(a, first, count, scratch).run();
+}
+
+void energies(const ChainArgs& a, int64_t first, int count, int vectors, float* scratch) {
+    vectors == 1 ? Tile<1>(a, first, count, scratch).energies() : Tile<2>(a, first, count, scratch).energies();
+}
+
+void activations(int activation, const float* z, float* value, float* slope, int64_t n) {
+    __builtin_memcpy(value, z, size_t(n) * sizeof(float));
+    for (int64_t i = 0; i < n; i += W) {
+        activate_layer<1, true>(Activation(activation), {value + i, slope + i, 1, nullptr, nullptr, 0, nullptr, nullptr});
+    }
+}
+
+// `rounds` times twelve independent multiply-adds of a register; returns the number of floating-point operations.
+double multiply_adds(int64_t rounds) {
+    constexpr int n = 12;  // enough to hide a latency of 4 on two units, and it fits 16 registers
+    F sum[n];
+#pragma GCC unroll 12
+    for (int k = 0; k < n; ++k) sum[k] = V::set(float(k));
+    const F a = V::set(0.999f), b = V::set(1e-3f);
+    for (int64_t i = 0; i < rounds; ++i) {
+#pragma GCC unroll 12
+        for (int k = 0; k < n; ++k) sum[k] = V::fma(sum[k], a, b);
+    }
+#pragma GCC unroll 12
+    for (int k = 1; k < n; ++k) sum[0] = V::add(sum[0], sum[k]);
+    float out[W];
+    V::store(out, sum[0]);
+    return 2.0 * n * W * double(rounds) + (out[0] == 123.0f ? 1.0 : 0.0);  // the sum is used
+}
+
+#if defined(__AVX512BF16__)
+constexpr bool kBf16 = true;
+#else
+constexpr bool kBf16 = false;
+#endif
+
+}  // namespace
+
+extern const ChainKernels EBMFAST_CHAIN_TABLE;
+const ChainKernels EBMFAST_CHAIN_TABLE = {kPanel, kBf16, run, energies, activations, multiply_adds};
+
+}  // namespace ebmfast

@@ -1,0 +1,91 @@
+"""Short calls of a prepared run: a training loop that asks for its negatives thousands of times.
+
+A call in the chain engine, from a given start, with nothing to watch on the way, costs little beyond its arithmetic:
+everything that stays the same was settled by the first call. Whatever is not plain, or not right, is left to the
+general path, which says what is wrong.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from . import rng
+from ._native import core
+from .chain import Chain
+from .samplers.langevin import ChainKernel
+from .state import Result, SampleState
+
+_CPU = torch.device("cpu")
+
+
+class QuickCall:
+    """One call of `run` with `steps` steps, in the chain engine `chain`."""
+
+    def __init__(self, run, chain: Chain, shape: tuple[int, ...], steps: int):
+        self._run, self._chain, self._shape, self._steps = run, chain, shape, steps
+        self._coefficients = run.sampler.coefficients(run.plan.expression, steps)
+        self._drift, self._noise = self._coefficients.float32
+        self._slots = run.plan.expression.slots
+        # Longer calls have to listen for Ctrl-C on the way.
+        self._most = chain.steps_within(ChainKernel.PATIENCE, 1) // max(steps, 1)
+
+    @staticmethod
+    def fits(run, chain: Chain | None) -> bool:
+        """Whether calls of `run` can be quick ones."""
+        return chain is not None and run.sampler.fixed_schedule and run.sampler.noise_levels() is None
+
+    def __call__(self, n: int | None, seed, conditions: Mapping | None, x: Tensor, first_chain: int) -> Result | None:
+        """The result, or None where the general path has to look at the arguments."""
+        if type(x) is not Tensor or x.dtype is not torch.float32 or x.device != _CPU or x.shape[1:] != self._shape:
+            return None
+        rows = x.shape[0]
+        if not x.is_contiguous() or rows > self._most or (n is not None and n != rows) or torch.is_inference_mode_enabled():
+            return None
+        if type(first_chain) is not int or not 0 <= first_chain <= rng.MAX_CHAINS - rows:
+            return None
+        rows_of = self._conditions(conditions, rows)
+        if rows_of is None or not core.all_finite(x.data_ptr(), x.numel()) or not self._chain.refresh():
+            return None
+        seed = rng.resolve_seed(seed)
+        out, faults = x.detach().clone(), torch.zeros(rows, dtype=torch.int64)
+        began = time.perf_counter()
+        if not self._chain.run(out, faults, rows_of, self._drift, self._noise, None, step=0, seed=seed, first_chain=first_chain):
+            return self._run(rows, seed, steps=self._steps, conditions=conditions, x=x, first_chain=first_chain, quick=False)
+        energy, leaf_energies = self._energies(out, rows_of) if self._run.energies else (None, None)
+        if energy is not None and not core.all_finite(leaf_energies.data_ptr(), leaf_energies.numel()):
+            return self._run(rows, seed, steps=self._steps, conditions=conditions, x=x, first_chain=first_chain, quick=False)
+        seconds = time.perf_counter() - began
+
+        def state() -> SampleState:
+            step = torch.full((rows,), self._steps, dtype=torch.int64)
+            return SampleState(out, step, faults, seed, first_chain, 0, self._steps, dict(zip(self._slots, rows_of)))
+
+        def report():
+            return self._run.describe(
+                backend="cpu", engine="chain", device=_CPU, dtype=torch.float32, seed=seed, first_chain=first_chain, chains=rows,
+                steps=self._steps, batch=rows, seconds=seconds, coefficients=self._coefficients, faults=())
+
+        return Result(out, energy, leaf_energies, None, state, report)
+
+    def _conditions(self, conditions: Mapping | None, rows: int) -> list[Tensor] | None:
+        if not self._slots:
+            return None if conditions else []
+        if conditions is None or len(conditions) != len(self._slots):
+            return None
+        found = []
+        for slot in self._slots:
+            c = conditions.get(slot)
+            plain = type(c) is Tensor and c.dtype is torch.float32 and c.device == _CPU and c.is_contiguous()
+            if not plain or c.shape != (rows, self._chain.widths[slot]) or not core.all_finite(c.data_ptr(), c.numel()):
+                return None
+            found.append(c.detach())
+        return found
+
+    def _energies(self, x: Tensor, conditions: list[Tensor]) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            columns = self._chain.energies(x, conditions)
+            return self._run.plan.program.evaluate(columns), torch.stack(columns, 1)
