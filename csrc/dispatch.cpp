@@ -51,8 +51,8 @@ const Level* highest() {
 }
 
 const Level& level_in_use() {
-    const Level* level = chosen.load(std::memory_order_relaxed);
-    if (level == nullptr) chosen.store(level = highest(), std::memory_order_relaxed);
+    const Level* level = chosen.load(std::memory_order_acquire);
+    if (level == nullptr) chosen.store(level = highest(), std::memory_order_release);
     return *level;
 }
 

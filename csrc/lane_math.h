@@ -21,21 +21,22 @@ template <class L> EBMFAST_HD typename L::F with_sign_of(typename L::F magnitude
     return L::as_float(L::bit_xor(L::as_int(magnitude), L::bit_and(L::as_int(x), L::set_int(0x80000000u))));
 }
 
-// exp(x) for x brought into [-87, 87]; NaN stays. x = n ln 2 + r, ln 2 in two parts so that n times the first is exact.
-template <class L> EBMFAST_HD typename L::F exponential(typename L::F x) {
+// 2^t for t brought into [-126, 126]; NaN stays. t = n + r: r is exact, the polynomial is good to 1e-7.
+template <class L> EBMFAST_HD typename L::F exponential2(typename L::F t) {
     using F = typename L::F;
-    x = L::at_most(L::set(87.0f), L::at_least(L::set(-87.0f), x));
-    const F magic = L::set(0x1.8p23f);
-    const F shifted = L::fma(x, L::set(0x1.715476p+0f), magic);
-    const F n = L::sub(shifted, magic);
-    const F r = L::fma(n, L::set(2.12194440e-4f), L::fnma(n, L::set(0.693359375f), x));
-    F p = fma_horner<L>(L::set(0x1.6ae710p-10f), r, 0x1.1267a2p-7f);
-    p = fma_horner<L>(p, r, 0x1.555822p-5f);
-    p = fma_horner<L>(p, r, 0x1.55541ap-3f);
-    p = fma_horner<L>(p, r, 0x1.fffffcp-2f);
+    t = L::at_most(L::set(126.0f), L::at_least(L::set(-126.0f), t));
+    const F n = L::round(t), r = L::sub(t, n);
+    F p = fma_horner<L>(L::set(0x1.5bba14p-10f), r, 0x1.3cea88p-7f);
+    p = fma_horner<L>(p, r, 0x1.c6b752p-5f);
+    p = fma_horner<L>(p, r, 0x1.ebf9bcp-3f);
+    p = fma_horner<L>(p, r, 0x1.62e42ap-1f);
     p = fma_horner<L>(p, r, 1.0f);
-    p = fma_horner<L>(p, r, 1.0f);
-    return L::mul(p, L::as_float(L::add(L::template shl<23>(L::as_int(shifted)), L::set_int(0x3F800000u))));
+    return L::times_power_of_2(p, n);
+}
+
+// exp(x), to about 1e-7 (1 + |x|)
+template <class L> EBMFAST_HD typename L::F exponential(typename L::F x) {
+    return exponential2<L>(L::mul(x, L::set(0x1.715476p+0f)));
 }
 
 // ln of a positive normal number
@@ -48,7 +49,7 @@ template <class L> struct Slope {
 // The slope is s + z s (1 - s), 1 - s as e s: no cancellation.
 template <class L> EBMFAST_HD Slope<L> silu(typename L::F z) {
     using F = typename L::F;
-    const F e = exponential<L>(L::sub(L::set(0.0f), z));
+    const F e = exponential2<L>(L::mul(z, L::set(-0x1.715476p+0f)));
     const F s = L::reciprocal(L::add(L::set(1.0f), e));
     const F value = L::mul(z, s);
     return {value, L::fma(value, L::mul(e, s), s)};

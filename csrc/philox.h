@@ -92,6 +92,9 @@ struct ScalarLane {
     static EBMFAST_HD F fnma(F a, F b, F c) { return c - a * b; }
 #endif
     static EBMFAST_HD F div(F a, F b) { return a / b; }
+    // Nearest even, of |a| < 2^22, by an addition that leaves no fraction; a 2^n for whole n in [-126, 127].
+    static EBMFAST_HD F round(F a) { return sub(add(a, 0x1.8p23f), 0x1.8p23f); }
+    static EBMFAST_HD F times_power_of_2(F a, F n) { return mul(a, as_float(shl<23>(as_int(add(n, 0x1.8p23f)) + 127u))); }
     static EBMFAST_HD F reciprocal(F a) { return 1.0f / a; }
 };
 

@@ -83,6 +83,8 @@ struct VectorLane {
     static EBMFAST_HD F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
     static EBMFAST_HD F fnma(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }
     static EBMFAST_HD F div(F a, F b) { return _mm512_div_ps(a, b); }
+    static EBMFAST_HD F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+    static EBMFAST_HD F times_power_of_2(F a, F n) { return _mm512_scalef_ps(a, n); }
     // One Newton step from 14 bits; 1 ulp for normal a with a normal reciprocal.
     static EBMFAST_HD F reciprocal(F a) {
         const F y = _mm512_rcp14_ps(a);
@@ -174,6 +176,10 @@ struct VectorLane {
     static EBMFAST_HD F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
     static EBMFAST_HD F fnma(F a, F b, F c) { return _mm256_fnmadd_ps(a, b, c); }
     static EBMFAST_HD F div(F a, F b) { return _mm256_div_ps(a, b); }
+    static EBMFAST_HD F round(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+    static EBMFAST_HD F times_power_of_2(F a, F n) {
+        return mul(a, as_float(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), set_int(127)), 23)));
+    }
     static EBMFAST_HD F reciprocal(F a) { return div(set(1.0f), a); }
 };
 
@@ -251,6 +257,9 @@ struct VectorLane {
     static EBMFAST_HD F fma(F a, F b, F c) { return add(mul(a, b), c); }
     static EBMFAST_HD F fnma(F a, F b, F c) { return sub(c, mul(a, b)); }
     static EBMFAST_HD F div(F a, F b) { return _mm_div_ps(a, b); }
+    // Nearest even, of |a| < 2^22, by an addition that leaves no fraction.
+    static EBMFAST_HD F round(F a) { return sub(add(a, set(0x1.8p23f)), set(0x1.8p23f)); }
+    static EBMFAST_HD F times_power_of_2(F a, F n) { return mul(a, as_float(_mm_slli_epi32(_mm_add_epi32(_mm_cvtps_epi32(n), set_int(127)), 23))); }
     static EBMFAST_HD F reciprocal(F a) { return div(set(1.0f), a); }
 };
 

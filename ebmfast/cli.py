@@ -15,7 +15,7 @@ from .expressions import parse
 from .samplers import Annealed
 
 DEMO = (
-    ("one concept", "shape('sphere')"),
+    ("one concept", "position(-0.5, 0.5)"),
     ("AND", "shape('cube') & color('red')"),
     ("AND of three", "shape('cylinder') & color('blue') & position(0.5, 0.4)"),
     ("OR", "position(-0.6, -0.4) | position(0.6, 0.4)"),
@@ -133,8 +133,9 @@ def _sample(args) -> int:
     if not args.quiet:
         print(run.explain())
     result = run(args.n, args.seed, first_chain=args.first_chain, progress=not args.quiet and sys.stderr.isatty())
-    metadata = {"expression": repr(expression), "seed": str(args.seed), "first_chain": str(args.first_chain),
-                "sampler": json.dumps(dataclasses.asdict(run.sampler)), "ebmfast": result.report.versions["ebmfast"]}
+    metadata = {"expression": repr(written), "sampled": repr(expression), "seed": str(args.seed),
+                "first_chain": str(args.first_chain), "sampler": json.dumps(dataclasses.asdict(run.sampler)),
+                "ebmfast": result.report.versions["ebmfast"]}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     if args.out.suffix == ".png":
         rows = [result.x[i:i + args.columns] for i in range(0, len(result.x), args.columns)]

@@ -75,6 +75,7 @@ def _checks() -> Iterator[tuple[str, Callable[[], None]]]:
             yield f"{name}: known normals", lambda name=name: _known_normals(name)
         if reason is None and name != "reference":
             yield f"{name}: one step equals the reference", lambda name=name: _step_parity(name)
+    yield "cpu: the chain engine agrees with the reference", _chain_parity
 
 
 def _problem_of(check: Callable[[], None]) -> str | None:
@@ -128,3 +129,18 @@ def _step_parity(name: str) -> None:
     if not torch.equal(x, expected):
         wrong, worst = int((x != expected).sum()), float((x - expected).abs().max())
         raise AssertionError(f"{wrong} of {x.numel()} values differ, by {worst:.3g} at most")
+
+
+def _chain_parity() -> None:
+    from ebmfast import Concept, Langevin, energies, sample
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = energies.MLP(3, (20, 13))
+    well, bell = Concept(energies.DoubleWell(), name="well"), Concept(energies.Gaussian([1.0, 0.0, -1.0]), name="bell")
+    composition = (Concept(net, name="net") & well) | bell
+    sampler = Langevin(drift=0.05, noise=0.2)
+    runs = ({"engine": "chain"}, {"backend": "reference"})
+    ours, expected = (sample(composition, n=40, shape=(3,), sampler=sampler, steps=3, seed=1, **run).x for run in runs)
+    if not torch.allclose(ours, expected, rtol=1e-4, atol=1e-5):
+        raise AssertionError(f"states differ by {float((ours - expected).abs().max()):.3g} at most")

@@ -25,7 +25,8 @@ def test_sample_writes_a_picture_that_says_what_it_shows(capsys, tmp_path):
     assert status == 0 and "2 chains x 5 steps on cpu" in text and f"wrote {out}" in text
     with image.open(out) as picture:
         assert picture.size == (2 * (96 + 2) + 2, 96 + 4)
-        assert "shape('cube') & ~position(0.5, 0.5)" in picture.text["expression"]
+        assert picture.text["expression"] == "shape('cube') & ~position(0.5, 0.5)"
+        assert "AboveSigma(0.15, value=-0.3)*position(0.5, 0.5)" in picture.text["sampled"]
         assert picture.text["seed"] == "3" and len(json.loads(picture.text["sampler"])["sigmas"]) == 4
         pixels = torch.tensor(list(picture.convert("L").tobytes()), dtype=torch.float32)
     assert pixels.std() > 5

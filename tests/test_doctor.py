@@ -7,8 +7,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from ebmfast import backends, doctor, rng
+from ebmfast import backends, chain, doctor, rng
 
 
 def diagnose() -> tuple[int, str]:
@@ -62,3 +63,9 @@ def test_a_crash_is_a_failure_not_an_exception(monkeypatch, name):
     )
     code, text = diagnose()
     assert code == 1 and f"{name}: known normals: FAILED: RuntimeError: no such instruction" in text
+
+
+def test_a_wrong_chain_engine_is_noticed(monkeypatch):
+    monkeypatch.setitem(chain.ACTIVATIONS, torch.nn.SiLU, chain.ACTIVATIONS[torch.nn.ReLU])
+    code, text = diagnose()
+    assert code == 1 and "cpu: the chain engine agrees with the reference: FAILED: AssertionError: states differ" in text

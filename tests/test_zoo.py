@@ -121,7 +121,7 @@ def test_families_take_their_facts_from_the_cards():
 
 
 def test_own_priors_count_each_models_prior_once():
-    """E = E_1 + sum_(i > 1) w_i (E_i - E_i,unconditional) above the noise level, the plain sum below it."""
+    """E = E_1 + sum_(i > 1) w_i (E_i - E_i,unconditional) above the noise level; below it the sum without what is negated."""
     families = zoo.concepts()
     red, cube, where = families["color"]("red"), families["shape"]("cube"), families["position"](0.5, 0.5)
     composed = red & 2.0 * cube & negate(where, 0.3)
@@ -129,7 +129,7 @@ def test_own_priors_count_each_models_prior_once():
     for sigma, on in ((0.5, 1.0), (0.1, 0.0)):
         e = {leaf.name: leaf.energy(x, sigma=sigma) for leaf in counted.leaves}
         expected = (e["color('red')"] + 2 * (e["shape('cube')"] - on * e["shape.unconditional"])
-                    - 0.3 * (e["position(0.5, 0.5)"] - on * e["position.unconditional"]))
+                    - 0.3 * on * (e["position(0.5, 0.5)"] - e["position.unconditional"]))
         torch.testing.assert_close(counted.energy(x, sigma=sigma), expected, rtol=1e-4, atol=1e-2)
     assert weight_at(counted.step_scale, 0.5) == 1.0 and weight_at(counted.step_scale, 0.1) == 3.0
     assert zoo.own_priors(red) == red

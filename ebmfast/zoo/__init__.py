@@ -80,8 +80,9 @@ def own_priors(expression, above: float = 0.0):
 
     The product of experts p(x | c_1) prod_i (p(x | c_i) / p(x))^w_i, as `with_prior` writes it, but each ratio comes
     from one network, so that what this network gets wrong about p(x) cancels. The first term of positive weight stays
-    as it is (where its weight w is not 1, (w - 1) of its prior go). Priors are taken out at noise levels over `above`
-    only; where they are, steps count as for one energy. Raises ValueError for a model without unconditional energy.
+    as it is (where its weight w is not 1, (w - 1) of its prior go). Priors are taken out, and negated terms count, at noise
+    levels over `above` only: by then a picture has decided what it shows, and a negation would leave it noisy. Above,
+    steps count as for one energy. Raises ValueError for a model without unconditional energy.
     """
     from ..weights import AboveSigma
 
@@ -99,6 +100,7 @@ def _own_priors(expression, strength):
         return expression
     terms, base = [], next((i for i, (w, _) in enumerate(expression.terms) if lowest(w) > 0), None)
     for i, (weight, term) in enumerate(expression.terms):
+        weight = multiply(weight, strength) if lowest(weight) < 0 else weight
         extra = combine(lambda w: w - 1.0, weight) if i == base else weight
         terms.append((weight, _own_priors(term, strength)))
         if extra != 0.0:

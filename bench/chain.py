@@ -1,0 +1,282 @@
+"""`python -m bench.chain [CASE ...]`: the chain engine against torchebm and JAX (jit + scan), one core unless the case says more.
+
+Every variant is checked before it is timed: ours against the reference backend, peers by noise-free steps that must land
+where ours do. Flops count the products of matrices alone: 4 per weight, chain, leaf and step.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
+
+import torch
+
+import ebmfast as ef
+from bench.timing import Variant, compare, quantiles, record
+from ebmfast import energies
+from ebmfast._native import core
+
+DRIFT, NOISE = 1e-3, 0.02
+PEAK_ROUNDS = 20_000_000
+
+
+def networks(dim: int, width: int, leaves: int = 4) -> list[energies.MLP]:
+    torch.manual_seed(0)
+    return [energies.MLP(dim, (width, width)).requires_grad_(False) for _ in range(leaves)]
+
+
+def composed(nets, either: bool = False):
+    concepts = [ef.Concept(net, name=f"net{k}") for k, net in enumerate(nets)]
+    return ef.any_of(concepts) if either else ef.all_of(concepts)
+
+
+def start(chains: int, dim: int) -> torch.Tensor:
+    return torch.randn(chains, dim, generator=torch.Generator().manual_seed(1))
+
+
+def ours(expr, x: torch.Tensor, steps: int, name: str = "ebmfast", threads: int = 1, **options) -> Variant:
+    def make(n_steps: int, noise: float, **more):
+        return ef.prepare(expr, ef.Langevin(drift=DRIFT, noise=noise), shape=x.shape[1:], steps=n_steps, energies=False, **more)
+
+    run = make(steps, NOISE, engine="chain", **options)
+    half = options.get("compute_dtype") is not None
+
+    def call():
+        torch.set_num_threads(threads)
+        run(x=x, seed=0)
+        torch.set_num_threads(1)
+
+    def check():
+        part = x[:64]
+        got = make(3, NOISE, engine="chain", **options)(x=part, seed=0).x - part
+        expected = make(3, NOISE, backend="reference")(x=part, seed=0).x - part
+        torch.testing.assert_close(got, expected, rtol=2e-2 if half else 1e-4, atol=1e-4 if half else 1e-6)
+
+    return Variant(name, call, check)
+
+
+def lands_with_ours(step_without_noise, expr, x: torch.Tensor) -> None:
+    """Five noise-free steps of a peer end where ours do."""
+    run = ef.prepare(expr, ef.Langevin(drift=DRIFT, noise=0.0), shape=x.shape[1:], steps=5, energies=False)
+    torch.testing.assert_close(step_without_noise(x, 5), run(x=x, seed=0).x, rtol=1e-4, atol=1e-5)
+
+
+def torchebm(energy, expr, x: torch.Tensor, steps: int) -> Variant:
+    from torchebm.core import BaseModel
+    from torchebm.samplers import LangevinDynamics
+
+    class Model(BaseModel):
+        def forward(self, x):
+            return energy(x)
+
+    def draw(x, n, scale):
+        return LangevinDynamics(Model(), step_size=DRIFT, noise_scale=scale).sample(x=x, n_steps=n)
+
+    scale = NOISE / (2 * DRIFT) ** 0.5
+    return Variant("torchebm", lambda: draw(x, steps, scale), lambda: lands_with_ours(lambda y, n: draw(y, n, 1e-30), expr, x))
+
+
+def jax_chain(energy, expr, x: torch.Tensor, steps: int, name: str = "jax") -> Variant:
+    """`energy` maps a batch `[B, D]` to `[B]` in jax.numpy."""
+    import jax
+    import jax.numpy as jnp
+
+    gradient = jax.grad(lambda y: energy(y).sum())
+
+    def draw(y, key, n, noise):
+        def step(y, key):
+            return y - DRIFT * gradient(y) + noise * jax.random.normal(key, y.shape), None
+
+        return jax.lax.scan(step, y, jax.random.split(key, n))[0]
+
+    compiled = jax.jit(draw, static_argnums=2)
+    y, key = jnp.asarray(x.numpy()), jax.random.PRNGKey(0)
+
+    def noise_free(x, n):
+        return torch.from_numpy(jax.device_get(compiled(jnp.asarray(x.numpy()), key, n, 0.0)).copy())
+
+    return Variant(name, lambda: compiled(y, key, steps, NOISE).block_until_ready(), lambda: lands_with_ours(noise_free, expr, x))
+
+
+def jax_networks(nets, either: bool = False):
+    """The composition of the networks in jax.numpy, leaf by leaf and stacked."""
+    import jax
+    import jax.numpy as jnp
+
+    leaves = [[(jnp.asarray(m.weight.numpy().T), jnp.asarray(m.bias.numpy())) for m in (*net.layers, net.read_out)] for net in nets]
+    stacked = [tuple(jnp.stack(parts) for parts in zip(*layers)) for layers in zip(*leaves)]
+
+    def one(parameters, x):
+        for w, b in parameters[:-1]:
+            x = jax.nn.silu(x @ w + b)
+        w, b = parameters[-1]
+        return (x @ w + b)[..., 0]
+
+    def combine(e):
+        return -jax.nn.logsumexp(-e, axis=0) if either else e.sum(0)
+
+    return (lambda x: combine(jnp.stack([one(p, x) for p in leaves]))), (lambda x: combine(jax.vmap(one, (0, None))(stacked, x)))
+
+
+def peak() -> Variant:
+    return Variant("fma_peak", lambda: core.multiply_adds(PEAK_ROUNDS), lambda: None)
+
+
+def medians(variants, rounds: int) -> tuple[dict, dict]:
+    times = {name: quantiles(values) for name, values in compare(variants, rounds=rounds).items()}
+    return times, {name: t["median"] for name, t in times.items()}
+
+
+def ratios(median: dict) -> dict:
+    """Each peer's time over ours; JAX in the faster of its two forms."""
+    found = {f"ratio_to_{name}": t / median["ebmfast"] for name, t in median.items() if name not in ("ebmfast", "fma_peak")}
+    forms = [v for k, v in found.items() if k.startswith("ratio_to_jax")]
+    return found | ({"ratio_to_jax_best": min(forms)} if forms else {})
+
+
+def double_well() -> None:
+    import jax.numpy as jnp
+
+    x, steps = start(4096, 32), 1000
+    well = energies.DoubleWell()
+    expr = ef.Concept(well)
+    times, median = medians([
+        ours(expr, x, steps), torchebm(well, expr, x, steps),
+        jax_chain(lambda y: 2.0 * jnp.square(jnp.square(y) - 1).sum(-1), expr, x, steps)], rounds=7)
+    per_value = median["ebmfast"] / (x.numel() * steps) * 1e9
+    record("chain", {"case": "double well", "chains": 4096, "dim": 32, "steps": steps},
+           {"seconds": times, **ratios(median), "ns_per_value_and_step": per_value, "threads_used": 1})
+
+
+def network_case(name: str, dim: int, width: int, chains: int, steps: int, rounds: int = 7) -> None:
+    nets, x = networks(dim, width), start(chains, dim)
+    expr = composed(nets)
+    flat, stacked = jax_networks(nets)
+    times, median = medians([
+        ours(expr, x, steps), torchebm(lambda y: sum(net(y) for net in nets), expr, x, steps),
+        jax_chain(flat, expr, x, steps), jax_chain(stacked, expr, x, steps, "jax_stacked"), peak()], rounds=rounds)
+    flops = 4.0 * len(nets) * chains * steps * (dim * width + width * width)
+    roofline = core.multiply_adds(1) * PEAK_ROUNDS / median["fma_peak"]
+    record("chain", {"case": name, "dim": dim, "width": width, "leaves": len(nets), "chains": chains, "steps": steps},
+           {"seconds": times, **ratios(median), "gflops": flops / median["ebmfast"] / 1e9, "fma_peak_gflops": roofline / 1e9,
+            "share_of_fma_peak": flops / median["ebmfast"] / roofline, "threads_used": 1})
+
+
+def disjunction() -> None:
+    nets, x, steps = networks(2, 128), start(8192, 2), 10
+    flat, _ = jax_networks(nets, either=True)
+    either = composed(nets, either=True)
+    times, median = medians([
+        ours(either, x, steps), ours(composed(nets), x, steps, "and"),
+        torchebm(lambda y: -torch.logsumexp(-torch.stack([net(y) for net in nets]), 0), either, x, steps),
+        jax_chain(flat, either, x, steps)], rounds=9)
+    record("chain", {"case": "OR of 4", "dim": 2, "width": 128, "chains": 8192, "steps": steps},
+           {"seconds": times, "or_over_and": median["ebmfast"] / median["and"],
+            **{k: v for k, v in ratios(median).items() if not k.endswith("_and")}, "threads_used": 1})
+
+
+def bfloat16() -> None:
+    if not core.chain_bf16():
+        print("bfloat16: this CPU has no AVX512-BF16")
+        return
+    for dim, width, chains, steps in ((2, 128, 8192, 10), (32, 256, 4096, 5)):
+        expr, x = composed(networks(dim, width)), start(chains, dim)
+        times, median = medians([ours(expr, x, steps), ours(expr, x, steps, "bf16", compute_dtype=torch.bfloat16)], rounds=9)
+        record("chain", {"case": "bfloat16 against float32", "dim": dim, "width": width, "chains": chains, "steps": steps},
+               {"seconds": times, "speedup": median["ebmfast"] / median["bf16"], "threads_used": 1})
+
+
+def threads() -> None:
+    for name, expr, x, steps in (
+        ("AND of 4 2-128-128-1", composed(networks(2, 128)), start(8192, 2), 10),
+        ("AND of 4 2-64-64-1", composed(networks(2, 64)), start(64, 2), 500),
+        ("double well", ef.Concept(energies.DoubleWell()), start(4096, 32), 500),
+    ):
+        times, median = medians([ours(expr, x, steps), ours(expr, x, steps, "two_threads", threads=2)], rounds=9)
+        record("chain", {"case": f"2 threads against 1: {name}", "chains": len(x), "steps": steps},
+               {"seconds": times, "speedup": median["ebmfast"] / median["two_threads"], "threads_used": 2})
+
+
+def linearity() -> None:
+    """Twice and ten times the work takes twice and ten times as long; memory does not grow with steps."""
+    x, nets = start(8192, 2), networks(2, 128, 8)
+    four, eight = composed(nets[:4]), composed(nets)
+    times, median = medians([
+        ours(four, x, 10), ours(four, x, 1, "tenth_of_the_steps"), ours(eight, x, 10, "twice_the_leaves"),
+        ours(four, start(16384, 2), 10, "twice_the_chains")], rounds=7)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    ours(ef.Concept(energies.DoubleWell()), start(64, 4), 100_000).run()
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    small = start(1024, 2)
+    steps, median_steps = medians([ours(four, small, 1000), ours(four, small, 100, "hundred")], rounds=5)
+    record("chain", {"case": "linearity", "dim": 2, "width": 128, "chains": 8192, "steps": 10},
+           {"seconds": times | {"1000 steps of 1024 chains": steps["ebmfast"], "100 steps": steps["hundred"]},
+            "steps_1000_over_100": median_steps["ebmfast"] / median_steps["hundred"] / 10,
+            "leaves_8_over_4": median["twice_the_leaves"] / median["ebmfast"] / 2,
+            "chains_16384_over_8192": median["twice_the_chains"] / median["ebmfast"] / 2,
+            "kilobytes_for_100000_steps": grown, "threads_used": 1})
+
+
+def call_overhead() -> None:
+    """A prepared run in a training loop: what a call costs beyond the engine's own, weights as they were and changed."""
+    nets, x = networks(2, 64), start(64, 2)
+    run = ef.prepare(composed(nets), ef.Langevin(drift=DRIFT, noise=NOISE), shape=(2,), steps=1, energies=False)
+    run(x=x, seed=0)
+    chain = run._chains[(2,)]
+    drift, noise = torch.tensor([DRIFT]), torch.tensor([NOISE])
+    y, faults, rounds = x.clone(), torch.zeros(64, dtype=torch.int64), 200
+
+    def bare():
+        for _ in range(rounds):
+            chain.run(y, faults, [], drift, noise, None, step=0, seed=0, first_chain=0)
+
+    def whole():
+        for _ in range(rounds):
+            run(x=x, seed=0)
+
+    def changed():
+        for i in range(rounds):
+            for net in nets:
+                net.layers[1].weight.data[0, 0] = float(i)
+            run(x=x, seed=0)
+
+    def writes():
+        for i in range(rounds):
+            for net in nets:
+                net.layers[1].weight.data[0, 0] = float(i)
+
+    variants = [Variant(f.__name__, f, lambda: None) for f in (bare, whole, changed, writes)]
+    times, median = medians(variants, rounds=15)
+    record("chain", {"case": "a call of a prepared run", "dim": 2, "width": 64, "leaves": 4, "chains": 64, "steps": 1},
+           {"microseconds_beyond_arithmetic": (median["whole"] - median["bare"]) / rounds * 1e6,
+            "with_one_weight_matrix_of_each_leaf_changed": (median["changed"] - median["writes"] - median["bare"]) / rounds * 1e6,
+            "seconds": times, "threads_used": 1})
+
+
+CASES = {
+    "double_well": double_well,
+    "and_128": lambda: network_case("AND of 4", 2, 128, 8192, 10),
+    "and_64": lambda: network_case("AND of 4, few chains", 2, 64, 64, 500),
+    "and_256": lambda: network_case("AND of 4, wide", 32, 256, 4096, 5),
+    "or_128": disjunction,
+    "bfloat16": bfloat16,
+    "threads": threads,
+    "linearity": linearity,
+    "call": call_overhead,
+}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    unknown = [name for name in sys.argv[1:] if name not in CASES]
+    if unknown:
+        raise SystemExit(f"no case {unknown[0]!r}; there are {', '.join(CASES)}")
+    for name in sys.argv[1:] or CASES:
+        CASES[name]()
+
+
+if __name__ == "__main__":
+    main()
