@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
+CMAKE := $(or $(shell command -v cmake 2>/dev/null),$(VENV)/bin/cmake)
 NATIVE := $(wildcard csrc/* csrc/*/* cmake/*) CMakeLists.txt
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench sanitize clean
 
 # Rebuilt whenever the native sources or the requirements change; Python files need no reinstall.
 $(STAMP): pyproject.toml constraints.txt $(NATIVE)
@@ -26,6 +27,17 @@ bench: $(STAMP)
 	$(VENV)/bin/python -m bench.step
 	$(VENV)/bin/pip install --quiet --no-deps torchebm==0.8.9
 	$(VENV)/bin/python -m bench.overhead
+	$(VENV)/bin/pip install --quiet -c constraints.txt jax
+	$(VENV)/bin/python -m bench.chain
+
+# The C++ core under sanitizers: needs a C++ compiler and cmake, but no Python where cmake is installed.
+sanitize: $(CMAKE)
+	@sh tests/native/sanitize.sh $(CMAKE) asan address,undefined
+	@sh tests/native/sanitize.sh $(CMAKE) tsan thread
+
+$(VENV)/bin/cmake:
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet cmake
 
 clean:
 	rm -rf build dist $(VENV)/.installed

@@ -234,8 +234,9 @@ void ChainPlan::lay_out() {
     int64_t next = 0;
     const auto take = [&next](int64_t rows) { return next += rows, next - rows; };
     const int64_t units = int64_t(units_.size()), nodes = int64_t(nodes_.size());
-    rows_.x = take(size_), rows_.moved = take(size_);
-    rows_.gradients = take(units * size_), rows_.combined = take(size_);
+    rows_.padded = (size_ + 3) / 4 * 4;
+    rows_.x = take(rows_.padded), rows_.moved = take(rows_.padded);
+    rows_.gradients = take(units * rows_.padded), rows_.combined = take(rows_.padded);
     rows_.energies = take(units), rows_.weights = take(units);
     rows_.values = take(nodes), rows_.upstream = take(nodes);
     rows_.conditions = take(condition_rows_), rows_.condition = take(condition_width_), rows_.slopes = take(slope_rows_);

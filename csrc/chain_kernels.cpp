@@ -18,6 +18,7 @@ using I = V::I;
 using M = V::M;
 constexpr int W = V::width;
 constexpr int kPanel = W == 16 ? 12 : 6;  // of 32 and 16 registers
+constexpr bool kPairsOfRegisters = W == 16;  // the noise of two registers at a time
 
 struct FloatProduct {
     using Weight = float;
@@ -171,6 +172,11 @@ public:
 
     Tile(const ChainArgs& a, int64_t first, int count, float* scratch) : a_(a), first_(first), count_(count), s_(scratch), size_(int(a.size)) {
         load_rows(a.x + first * a.size, a.size, size_, row(a.rows.x));
+        for (int64_t i = size_; i < a.rows.padded; ++i) {  // rows that no chain has, so that four can always be moved
+            fill(a.rows.x + i, 0.0f);
+            fill(a.rows.moved + i, 0.0f);
+            for (int u = 0; u < a.n_units; ++u) fill(a.rows.gradients + u * a.rows.padded + i, 0.0f);
+        }
         for (int u = 0; u < a.n_units; ++u) {
             for (int l = 0; l < a.units[u].n_layers; ++l) {
                 if (a.units[u].layers[l].own_rows >= 0) fold(a.units[u].layers[l]);
@@ -280,7 +286,7 @@ private:
 
     template <bool energy> void gradients(const float* x) {
         for (int u = 0; u < a_.n_units; ++u) {
-            evaluate<energy, true>(a_.units[u], x, row(a_.rows.gradients + int64_t(u) * size_), row(a_.rows.energies + u));
+            evaluate<energy, true>(a_.units[u], x, row(a_.rows.gradients + u * a_.rows.padded), row(a_.rows.energies + u));
         }
     }
 
@@ -391,6 +397,7 @@ private:
         const F a = V::set(u.a), a4 = V::set(4.0f * u.a), b = V::set(u.b), c = V::set(u.c);
         F sum[N];
         for (int v = 0; v < N; ++v) sum[v] = V::set(0.0f);
+#pragma GCC unroll 2
         for (int i = 0; i < size_; ++i) {
 #pragma GCC unroll 2
             for (int v = 0; v < N; ++v) {
@@ -489,34 +496,58 @@ private:
         for (int v = 0; v < T; v += W) V::store(row(r) + v, V::set(value));
     }
 
-    // sum_u w_u g_u of one row and vector, clipped elementwise.
-    EBMFAST_HD F combined(int64_t i, int v) {
-        const float* g = row(a_.rows.gradients + i) + v * W;
-        const float* w = row(a_.rows.weights) + v * W;
-        F sum = V::mul(V::load(w), V::load(g));
-        for (int u = 1; u < a_.n_units; ++u) sum = V::fma(V::load(w + u * T), V::load(g + int64_t(u) * size_ * T), sum);
-        return a_.clips ? V::at_most(V::set(a_.clip), V::at_least(V::set(-a_.clip), sum)) : sum;
+    // What a step does to four rows, rows [first, first + 4) of the padded arrays.
+    struct Move {
+        const float* from;
+        float* to;
+        F drift, noise, low, high;
+        bool noisy, clamps;
+    };
+    struct Rows {
+        F v[4][N];
+    };
+
+    template <class Each> static EBMFAST_HD void each(Each f) {
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; ++r) {
+#pragma GCC unroll 2
+            for (int v = 0; v < N; ++v) f(r, v);
+        }
+    }
+
+    // sum_u w_u g_u, clipped elementwise.
+    EBMFAST_HD void combined(int64_t first, Rows& g) {
+        const float *p = row(a_.rows.gradients + first), *w = row(a_.rows.weights);
+        each([&](int r, int v) { g.v[r][v] = V::mul(V::load(w + v * W), V::load(p + r * T + v * W)); });
+        for (int u = 1; u < a_.n_units; ++u) {
+            p += a_.rows.padded * T, w += T;
+            each([&](int r, int v) { g.v[r][v] = V::fma(V::load(w + v * W), V::load(p + r * T + v * W), g.v[r][v]); });
+        }
+        if (!a_.clips) return;
+        const F high = V::set(a_.clip), low = V::set(-a_.clip);
+        each([&](int r, int v) { g.v[r][v] = V::at_most(high, V::at_least(low, g.v[r][v])); });
     }
 
     // Writes the combined gradient, scaled to a norm of at most clip_norm: NaN where the norm is not finite, so that nothing moves.
     void clip_norm() {
-        float* g = row(a_.rows.combined);
+        float* out = row(a_.rows.combined);
         F largest[N], sum[N];
-        for (int v = 0; v < N; ++v) largest[v] = sum[v] = V::set(0.0f);
-        for (int i = 0; i < size_; ++i) {
-            for (int v = 0; v < N; ++v) {
-                F y = combined(i, v);
-                V::store(g + i * T + v * W, y);
-                if (a_.frozen != nullptr) y = V::select(frozen(i, v), V::set(0.0f), y);
-                largest[v] = V::at_least(largest[v], absolute<V>(y));
-            }
+        for (int v = 0; v < N; ++v) largest[v] = V::set(1e-30f), sum[v] = V::set(0.0f);
+        for (int64_t first = 0; first < size_; first += 4) {
+            Rows g;
+            combined(first, g);
+            each([&](int r, int v) { V::store(out + (first + r) * T + v * W, g.v[r][v]); });
         }
-        for (int v = 0; v < N; ++v) largest[v] = V::at_least(V::set(1e-30f), largest[v]);
+        const auto moving = [&](int64_t i, int v) {
+            const F y = V::load(out + i * T + v * W);
+            return a_.frozen != nullptr ? V::select(frozen(i, v), V::set(0.0f), y) : y;
+        };
+        for (int i = 0; i < size_; ++i) {
+            for (int v = 0; v < N; ++v) largest[v] = V::at_least(largest[v], absolute<V>(moving(i, v)));
+        }
         for (int i = 0; i < size_; ++i) {
             for (int v = 0; v < N; ++v) {
-                F y = V::load(g + i * T + v * W);
-                if (a_.frozen != nullptr) y = V::select(frozen(i, v), V::set(0.0f), y);
-                y = V::div(y, largest[v]);  // no square overflows
+                const F y = V::div(moving(i, v), largest[v]);  // no square overflows
                 sum[v] = V::fma(y, y, sum[v]);
             }
         }
@@ -524,65 +555,87 @@ private:
         for (int v = 0; v < N; ++v) {
             const F norm = V::mul(largest[v], V::sqrt(sum[v]));
             const F factor = V::select(V::less(limit, norm), V::div(limit, norm), one);
-            const F nan = V::sub(norm, norm);  // 0, or NaN where the norm is not finite
-            sum[v] = V::add(factor, nan);
+            sum[v] = V::add(factor, V::sub(norm, norm));  // 0, or NaN where the norm is not finite
         }
         for (int i = 0; i < size_; ++i) {
-            for (int v = 0; v < N; ++v) V::store(g + i * T + v * W, V::mul(sum[v], V::load(g + i * T + v * W)));
+            for (int v = 0; v < N; ++v) V::store(out + i * T + v * W, V::mul(sum[v], V::load(out + i * T + v * W)));
         }
     }
 
     M frozen(int64_t i, int v) { return V::sign(V::load_int(words(a_.rows.frozen + i) + v * W)); }
 
-    // to = clamp(from - drift g + noise z), or from + noise z; elements that are not finite, held or frozen stay.
-    template <bool gradient> void move(const float* from, float* to, float drift, float noise, uint32_t step) {
-        if (gradient && a_.clips_norm) clip_norm();
-        const Key key{uint32_t(a_.id.seed), uint32_t(a_.id.seed >> 32)};
-        const F d = V::set(drift), n = V::set(noise), low = V::set(a_.low), high = V::set(a_.high);
-        const uint32_t *lane_low = words(a_.rows.lanes), *lane_high = words(a_.rows.lanes + 1), *dead = words(a_.rows.faults);
-        const bool clamps = gradient && a_.clamps;
-        uint32_t lost[N] = {};
-        for (int block = 0; 4 * block < size_; ++block) {
-            const int rows = size_ - 4 * block < 4 ? size_ - 4 * block : 4;
+    // Row r of z: element 4 block + r of every chain.
+    EBMFAST_HD void normals_of_block(uint32_t block, uint32_t step, Key key, Rows& z) {
+        const uint32_t *low = words(a_.rows.lanes), *high = words(a_.rows.lanes + 1);
+        if constexpr (N == 2 && kPairsOfRegisters) {
+            using P = Twice<V>;
+            const Quad<P> q =
+                normals<P>(philox<P>(P::set_wide(block), P::set_wide(step), P::widen(P::load_int(low)), P::widen(P::load_int(high)), key));
+            for (int r = 0; r < 4; ++r) z.v[r][0] = q.v[r].a, z.v[r][1] = q.v[r].b;
+        } else {
             for (int v = 0; v < N; ++v) {
-                Quad<V> z{};
-                if (noise != 0.0f) {
-                    z = normals<V>(philox<V>(
-                        V::set_wide(uint32_t(block)), V::set_wide(step), V::widen(V::load_int(lane_low + v * W)),
-                        V::widen(V::load_int(lane_high + v * W)), key
-                    ));
-                }
-                for (int r = 0; r < rows; ++r) {
-                    const int64_t i = 4 * block + r;
-                    const F x = V::load(from + i * T + v * W);
-                    F t = x;
-                    if (gradient) {
-                        const F g = a_.clips_norm ? V::load(row(a_.rows.combined) + i * T + v * W) : combined(i, v);
-                        t = V::sub(t, V::mul(d, g));
-                    }
-                    if (noise != 0.0f) t = V::add(t, V::mul(n, z.v[r]));
-                    const M finite = V::finite(t);
-                    uint32_t bad = ~V::bits(finite) & all();
-                    t = V::select(finite, t, x);
-                    if (clamps) t = V::at_most(high, V::at_least(low, t));
-                    if (any_held_) {
-                        t = V::select(V::sign(V::load_int(dead + v * W)), x, t);
-                        if (a_.frozen != nullptr) {
-                            t = V::select(frozen(i, v), x, t);
-                            bad &= ~V::bits(frozen(i, v));
-                        }
-                    }
-                    lost[v] |= bad;
-                    V::store(to + i * T + v * W, t);
-                }
+                const V::Wide c2 = V::widen(V::load_int(low + v * W)), c3 = V::widen(V::load_int(high + v * W));
+                const Quad<V> q = normals<V>(philox<V>(V::set_wide(block), V::set_wide(step), c2, c3, key));
+                for (int r = 0; r < 4; ++r) z.v[r][v] = q.v[r];
             }
+        }
+    }
+
+    // to = clamp(from - drift g + noise z), or from + noise z; elements that are not finite, held or frozen stay. Four rows in which
+    // that happens, which is rare, are looked at again.
+    template <bool gradient> void move(const float* from, float* to, float drift, float noise, uint32_t step) {
+        const Key key{uint32_t(a_.id.seed), uint32_t(a_.id.seed >> 32)};
+        const Move m{from, to, V::set(drift), V::set(noise), V::set(a_.low), V::set(a_.high), noise != 0.0f, gradient && a_.clamps};
+        if (gradient && a_.clips_norm) clip_norm();
+        uint32_t lost[N] = {};
+        for (int64_t first = 0; first < size_; first += 4) {
+            Rows x, z;
+            if (m.noisy) normals_of_block(uint32_t(first / 4), step, key, z);  // before anything else takes registers
+            each([&](int r, int v) { x.v[r][v] = V::load(from + (first + r) * T + v * W); });
+            if (gradient) {
+                Rows g;
+                if (a_.clips_norm) {
+                    each([&](int r, int v) { g.v[r][v] = V::load(row(a_.rows.combined + first + r) + v * W); });
+                } else {
+                    combined(first, g);
+                }
+                each([&](int r, int v) { x.v[r][v] = V::sub(x.v[r][v], V::mul(m.drift, g.v[r][v])); });
+            }
+            if (m.noisy) each([&](int r, int v) { x.v[r][v] = V::add(x.v[r][v], V::mul(m.noise, z.v[r][v])); });
+            uint32_t bad = any_held_;
+            each([&](int r, int v) { bad |= V::not_finite(x.v[r][v]); });
+            if (__builtin_expect(bad != 0, 0)) {
+                hold(m, first, x, lost);
+                continue;
+            }
+            if (m.clamps) each([&](int r, int v) { x.v[r][v] = V::at_most(m.high, V::at_least(m.low, x.v[r][v])); });
+            each([&](int r, int v) { V::store(to + (first + r) * T + v * W, x.v[r][v]); });
         }
         for (int v = 0; v < N; ++v) {
             if (__builtin_expect(lost[v] != 0, 0)) record(lost[v], v, step, gradient);
         }
     }
 
-    static constexpr uint32_t all() { return (1u << W) - 1; }
+    __attribute__((noinline)) void hold(const Move& m, int64_t first, const Rows& x, uint32_t* lost) {
+        const uint32_t* dead = words(a_.rows.faults);
+        for (int r = 0; r < 4 && first + r < size_; ++r) {
+            const int64_t i = first + r;
+            for (int v = 0; v < N; ++v) {
+                const F before = V::load(m.from + i * T + v * W);
+                F t = x.v[r][v];
+                uint32_t bad = V::not_finite(t);
+                t = V::select(V::finite(t), t, before);
+                if (m.clamps) t = V::at_most(m.high, V::at_least(m.low, t));
+                t = V::select(V::sign(V::load_int(dead + v * W)), before, t);
+                if (a_.frozen != nullptr) {
+                    t = V::select(frozen(i, v), before, t);
+                    bad &= ~V::bits(frozen(i, v));
+                }
+                lost[v] |= bad;
+                V::store(m.to + i * T + v * W, t);
+            }
+        }
+    }
 
     void record(uint32_t lost, int v, uint32_t step, bool gradient) {
         uint32_t* dead = words(a_.rows.faults) + v * W;
@@ -599,7 +652,7 @@ private:
     int64_t blame(int lane) {
         for (int u = 0; u < a_.n_units; ++u) {
             bool fine = !a_.has_or || finite(row(a_.rows.energies + u)[lane]);
-            const float* g = row(a_.rows.gradients + int64_t(u) * size_);
+            const float* g = row(a_.rows.gradients + u * a_.rows.padded);
             for (int i = 0; i < size_ && fine; ++i) {
                 fine = finite(g[i * T + lane]) || (a_.frozen != nullptr && words(a_.rows.frozen + i)[lane] != 0);
             }

@@ -57,9 +57,10 @@ struct ChainNode {
 };
 enum NodeCode : int { kLeaf = 0, kSum = 1, kLogSumExp = 2 };
 
-// Scratch of a tile, in rows of one float per chain.
+// Scratch of a tile, in rows of one float per chain; `padded` is the size rounded up to four, the rows of x, moved, combined and of
+// each unit's gradient.
 struct ChainRows {
-    int64_t x, moved, gradients, combined, energies, weights, values, upstream, conditions, condition, slopes, ping, pong, pairs, faults, lanes,
+    int64_t padded, x, moved, gradients, combined, energies, weights, values, upstream, conditions, condition, slopes, ping, pong, pairs, faults, lanes,
         frozen, total;
 };
 

@@ -41,9 +41,22 @@ template <bool uniform> EBMFAST_HD void store_noise(const Words<V>& words, float
 template <bool uniform>
 void noise_of_chain(const NoiseId& id, uint64_t chain, uint32_t first_block, int blocks, float* out) {
     const Key key = key_of(id.seed);
-    const V::Wide step = V::set_wide(id.step), low = V::set_wide(uint32_t(chain)), top = V::set_wide(top_word(id, chain));
     V::I block = V::add(V::set_int(first_block), V::block_order());
-    for (int b = 0; b < blocks; b += V::width) {
+    int b = 0;
+    if constexpr (V::width == 16) {  // two registers at a time, where there are enough of them
+        using P = Twice<V>;
+        const P::Wide step = P::set_wide(id.step), low = P::set_wide(uint32_t(chain)), top = P::set_wide(top_word(id, chain));
+        for (; b + V::width < blocks; b += P::width) {
+            const V::I next = V::add(block, V::set_int(V::width));
+            const Words<P> words = philox<P>(P::widen({block, next}), step, low, top, key);
+            const Quad<P> n = uniform ? uniforms<P>(words) : normals<P>(words);
+            V::store_blocks(out + 4 * b, n.v[0].a, n.v[1].a, n.v[2].a, n.v[3].a);
+            V::store_blocks(out + 4 * (b + V::width), n.v[0].b, n.v[1].b, n.v[2].b, n.v[3].b);
+            block = V::add(next, V::set_int(V::width));
+        }
+    }
+    const V::Wide step = V::set_wide(id.step), low = V::set_wide(uint32_t(chain)), top = V::set_wide(top_word(id, chain));
+    for (; b < blocks; b += V::width) {
         store_noise<uniform>(philox<V>(V::widen(block), step, low, top, key), out + 4 * b);
         block = V::add(block, V::set_int(V::width));
     }

@@ -81,6 +81,7 @@ struct ScalarLane {
     static EBMFAST_HD M sign(I a) { return int32_t(a) < 0; }
     static EBMFAST_HD F select(M m, F a, F b) { return m ? a : b; }
     static EBMFAST_HD uint32_t bits(M m) { return m; }
+    static EBMFAST_HD uint32_t not_finite(F a) { return !finite(a); }
     static EBMFAST_HD M less(F a, F b) { return a < b; }
 
     // Not part of the noise: used where results may differ by rounding (lane_math.h).

@@ -78,6 +78,7 @@ struct VectorLane {
     static EBMFAST_HD M sign(I a) { return _mm512_movepi32_mask(a); }
     static EBMFAST_HD F select(M m, F a, F b) { return _mm512_mask_blend_ps(m, b, a); }
     static EBMFAST_HD uint32_t bits(M m) { return m; }
+    static EBMFAST_HD uint32_t not_finite(F a) { return _mm512_fpclass_ps_mask(a, 0x99); }  // quiet and signalling NaN, +inf, -inf
     static EBMFAST_HD M less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 
     static EBMFAST_HD F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
@@ -171,6 +172,7 @@ struct VectorLane {
     static EBMFAST_HD M sign(I a) { return as_float(a); }
     static EBMFAST_HD F select(M m, F a, F b) { return _mm256_blendv_ps(b, a, m); }
     static EBMFAST_HD uint32_t bits(M m) { return uint32_t(_mm256_movemask_ps(m)); }
+    static EBMFAST_HD uint32_t not_finite(F a) { return bits(finite(a)) ^ 0xFFu; }
     static EBMFAST_HD M less(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
 
     static EBMFAST_HD F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
@@ -251,6 +253,7 @@ struct VectorLane {
     static EBMFAST_HD M sign(I a) { return as_float(_mm_srai_epi32(a, 31)); }
     static EBMFAST_HD F select(M m, F a, F b) { return _mm_or_ps(_mm_and_ps(m, a), _mm_andnot_ps(m, b)); }
     static EBMFAST_HD uint32_t bits(M m) { return uint32_t(_mm_movemask_ps(m)); }
+    static EBMFAST_HD uint32_t not_finite(F a) { return bits(finite(a)) ^ 0xFu; }
     static EBMFAST_HD M less(F a, F b) { return _mm_cmplt_ps(a, b); }
 
     // Two roundings: this level has no fused instruction.
@@ -266,6 +269,51 @@ struct VectorLane {
 #else
 #error "no lane type for this instruction set: define EBMFAST_SCALAR"
 #endif
+
+// Two registers as one lane type, for the noise alone: the long chains of dependent operations of Philox and Box-Muller leave units
+// idle, and one call is too long for the processor to look ahead to the next.
+template <class L> struct Twice {
+    static constexpr int width = 2 * L::width;
+    struct F {
+        typename L::F a, b;
+    };
+    struct I {
+        typename L::I a, b;
+    };
+    struct Wide {
+        typename L::Wide a, b;
+    };
+    struct M {
+        typename L::M a, b;
+    };
+
+    static EBMFAST_HD F set(float v) { return {L::set(v), L::set(v)}; }
+    static EBMFAST_HD I set_int(uint32_t v) { return {L::set_int(v), L::set_int(v)}; }
+    static EBMFAST_HD I load_int(const uint32_t* p) { return {L::load_int(p), L::load_int(p + L::width)}; }
+    static EBMFAST_HD I add(I x, I y) { return {L::add(x.a, y.a), L::add(x.b, y.b)}; }
+    static EBMFAST_HD I sub(I x, I y) { return {L::sub(x.a, y.a), L::sub(x.b, y.b)}; }
+    static EBMFAST_HD I bit_and(I x, I y) { return {L::bit_and(x.a, y.a), L::bit_and(x.b, y.b)}; }
+    static EBMFAST_HD I bit_xor(I x, I y) { return {L::bit_xor(x.a, y.a), L::bit_xor(x.b, y.b)}; }
+    template <int n> static EBMFAST_HD I shl(I x) { return {L::template shl<n>(x.a), L::template shl<n>(x.b)}; }
+    template <int n> static EBMFAST_HD I sar(I x) { return {L::template sar<n>(x.a), L::template sar<n>(x.b)}; }
+    static EBMFAST_HD Wide widen(I x) { return {L::widen(x.a), L::widen(x.b)}; }
+    static EBMFAST_HD I narrow(Wide x) { return {L::narrow(x.a), L::narrow(x.b)}; }
+    static EBMFAST_HD Wide set_wide(uint32_t v) { return {L::set_wide(v), L::set_wide(v)}; }
+    static EBMFAST_HD Wide mul_wide(Wide x, uint32_t m) { return {L::mul_wide(x.a, m), L::mul_wide(x.b, m)}; }
+    static EBMFAST_HD Wide high(Wide x) { return {L::high(x.a), L::high(x.b)}; }
+    static EBMFAST_HD Wide xor_wide(Wide x, Wide y, Wide z) { return {L::xor_wide(x.a, y.a, z.a), L::xor_wide(x.b, y.b, z.b)}; }
+    static EBMFAST_HD I as_int(F x) { return {L::as_int(x.a), L::as_int(x.b)}; }
+    static EBMFAST_HD F as_float(I x) { return {L::as_float(x.a), L::as_float(x.b)}; }
+    static EBMFAST_HD F mul(F x, F y) { return {L::mul(x.a, y.a), L::mul(x.b, y.b)}; }
+    static EBMFAST_HD F add(F x, F y) { return {L::add(x.a, y.a), L::add(x.b, y.b)}; }
+    static EBMFAST_HD F sub(F x, F y) { return {L::sub(x.a, y.a), L::sub(x.b, y.b)}; }
+    static EBMFAST_HD F sqrt(F x) { return {L::sqrt(x.a), L::sqrt(x.b)}; }
+    static EBMFAST_HD F from_int(I x) { return {L::from_int(x.a), L::from_int(x.b)}; }
+    static EBMFAST_HD F unit(I x) { return {L::unit(x.a), L::unit(x.b)}; }
+    static EBMFAST_HD F at_most(F hi, F t) { return {L::at_most(hi.a, t.a), L::at_most(hi.b, t.b)}; }
+    static EBMFAST_HD M sign(I x) { return {L::sign(x.a), L::sign(x.b)}; }
+    static EBMFAST_HD F select(M m, F x, F y) { return {L::select(m.a, x.a, y.a), L::select(m.b, x.b, y.b)}; }
+};
 
 }  // namespace
 }  // namespace ebmfast
