@@ -25,7 +25,7 @@ macro(ebmfast_resolve_cuda result)
 endmacro()
 
 function(ebmfast_add_cuda target)
-  target_sources(${target} PRIVATE csrc/cuda/step.cu)
+  target_sources(${target} PRIVATE csrc/cuda/step.cu csrc/cuda/chain.cu)
   set_target_properties(${target} PROPERTIES CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON)
   target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--fmad=false>)
 endfunction()

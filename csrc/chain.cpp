@@ -5,6 +5,7 @@
 #include <new>
 #include <stdexcept>
 
+#include "cuda/chain.h"
 #include "dispatch.h"
 #include "pool.h"
 
@@ -64,8 +65,7 @@ template <class T> void Aligned<T>::resize(size_t n) {
 template class Aligned<float>;
 template class Aligned<uint32_t>;
 
-void PackedMatrix::refresh() {
-    const int panel = chain_kernels().panel;
+void PackedMatrix::refresh(int panel) {
     const size_t row = size_t(in_);
     bool same = panel == panel_ && copy_.size() == size_t(out_) * row;
     for (int o = 0; o < out_ && same; ++o) same = std::memcmp(copy_.data() + size_t(o) * row, source_ + o * stride_, row * sizeof(float)) == 0;
@@ -83,8 +83,8 @@ void PackedMatrix::refresh() {
     }
     forward_.resize(copy_.size());
     backward_.resize(copy_.size());
-    pack_panels(w, out_, in_, in_, 1, panel, forward_.data());
-    pack_panels(w, in_, out_, 1, in_, panel, backward_.data());
+    pack_panels(w, out_, in_, in_, 1, panel == kOnePanel ? out_ : panel, forward_.data());
+    pack_panels(w, in_, out_, 1, in_, panel == kOnePanel ? in_ : panel, backward_.data());
 }
 
 int chain_vectors(int64_t chains, int threads, int lanes) {
@@ -92,7 +92,7 @@ int chain_vectors(int64_t chains, int threads, int lanes) {
     return chains <= lanes || wide < threads ? 1 : kMaxVectors;
 }
 
-ChainPlan::ChainPlan(int64_t size, const std::vector<std::pair<int, int>>& codes) : size_(size) {
+ChainPlan::ChainPlan(int64_t size, const std::vector<std::pair<int, int>>& codes, bool as_gpu) : size_(size), as_gpu_(as_gpu) {
     std::vector<int> stack;
     int values = 0;
     for (const auto& [code, operand] : codes) {
@@ -213,9 +213,11 @@ void ChainPlan::fold(ChainLayer& l, LayerData& data) {
 }
 
 void ChainPlan::refresh() {
+    kernels_ = &chain_kernels();
+    const int panel = as_gpu_ ? kOnePanel : kernels_->panel;
     for (size_t u = 0; u < units_.size(); ++u) {
         if (constants_[u] != nullptr) units_[u].constant = *constants_[u];
-        for (const LayerData& data : data_[u]) data.matrix->refresh();
+        for (const LayerData& data : data_[u]) data.matrix->refresh(panel);
         for (size_t l = 0; l < layers_[u].size(); ++l) {
             ChainLayer& layer = layers_[u][l];
             const PackedMatrix& m = *data_[u][l].matrix;
@@ -245,16 +247,19 @@ void ChainPlan::lay_out() {
     rows_.total = next;
 }
 
-template <class Work> void ChainPlan::tiles(ChainArgs& a, int threads, Work each) {
+void ChainPlan::complete(ChainArgs& a) {
     lay_out();
-    const int lanes = kernels().lanes;
-    const double steps = double(std::max<int64_t>(a.steps, 1)), total = this->work() * steps * double(a.chains);
-    threads = int(std::max(1.0, std::min(double(threads), total / kWorthAThread)));
     a.size = size_;
     a.units = units_.data(), a.n_units = int(units_.size());
     a.nodes = nodes_.data(), a.n_nodes = int(nodes_.size());
     a.children = children_.data(), a.values = values_.data();
     a.rows = rows_;
+}
+
+template <class Work> void ChainPlan::tiles(ChainArgs& a, int threads, Work each) {
+    const int lanes = kernels_->lanes;
+    const double steps = double(std::max<int64_t>(a.steps, 1)), total = this->work() * steps * double(a.chains);
+    threads = int(std::max(1.0, std::min(double(threads), total / kWorthAThread)));
     const int vectors = chain_vectors(a.chains, threads, lanes), tile = vectors * lanes;
     const auto range = [&](int64_t begin, int64_t end) {
         float* memory = scratch(size_t(rows_.total) * size_t(tile));
@@ -279,7 +284,8 @@ bool ChainPlan::run(const ChainCall& call) {
     a.frozen_stride = call.frozen_per_chain ? size_ : 0;
     a.faults = call.faults;
     a.conditions = call.conditions.data();
-    tiles(a, call.threads, chain_kernels().run);
+    complete(a);
+    as_gpu_ ? cuda::emulate_chain(a, false) : tiles(a, call.threads, kernels_->run);
     return fine();
 }
 
@@ -290,7 +296,8 @@ void ChainPlan::energies(const float* x, int64_t chains, const std::vector<const
     a.chains = chains;
     a.energies = out;
     a.conditions = conditions.data();
-    tiles(a, threads, chain_kernels().energies);
+    complete(a);
+    as_gpu_ ? cuda::emulate_chain(a, true) : tiles(a, threads, kernels_->energies);
 }
 
 bool all_finite(const float* x, int64_t n) {

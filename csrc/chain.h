@@ -27,14 +27,16 @@ private:
 
 // W [out][in] and its transpose as panels: `panel` outputs side by side (the last ones of a matrix by powers of two), input after
 // input, so that a product reads them in order. `bf16`: pairs of inputs, rounded to nearest even; an odd last input pairs with 0.
+constexpr int kOnePanel = -1;  // plain matrices, [in][out] forward and [out][in] backward
+
 class PackedMatrix {
 public:
     PackedMatrix(int out, int in, bool bf16) : out_(out), in_(in), bf16_(bf16) {}
 
     void set_source(const float* w, int64_t row_stride) { source_ = w, stride_ = row_stride; }
-    // Packs for the instruction-set level in use, unless the source holds what it held at the last call. The comparison reads every
-    // weight once: no version counter tells of all writes to a tensor.
-    void refresh();
+    // Packs in panels of that size (or kOnePanel, float32 only), unless the source holds what it held at the last call. The comparison reads every weight once: no
+    // version counter tells of all writes to a tensor.
+    void refresh(int panel);
 
     int out() const { return out_; }
     int in() const { return in_; }
@@ -44,7 +46,7 @@ public:
     const uint32_t* backward16() const { return backward16_.data(); }
 
 private:
-    int out_, in_, panel_ = 0;
+    int out_, in_, panel_ = 0;  // 0: not packed yet
     bool bf16_;
     const float* source_ = nullptr;
     int64_t stride_ = 0;
@@ -72,7 +74,8 @@ struct ChainCall {
 // stands there is read anew by every `refresh`, which comes before `run` and `energies`.
 class ChainPlan {
 public:
-    ChainPlan(int64_t size, const std::vector<std::pair<int, int>>& codes);
+    // as_gpu: runs the text of the GPU's kernel on the host (cuda/chain_block.h), for tests.
+    ChainPlan(int64_t size, const std::vector<std::pair<int, int>>& codes, bool as_gpu = false);
 
     // Hidden layers with their matrices; each unit's number is returned.
     int add_mlp(int leaf, const std::vector<std::pair<std::shared_ptr<PackedMatrix>, Activation>>& layers);
@@ -101,9 +104,11 @@ private:
     int add(UnitKind kind, int leaf, std::vector<ChainLayer> layers, std::vector<LayerData> data);
     void fold(ChainLayer& layer, LayerData& data);
     void lay_out();
+    void complete(ChainArgs& args);
     template <class Work> void tiles(ChainArgs& args, int threads, Work each);
 
     int64_t size_;
+    bool as_gpu_;
     std::vector<ChainUnit> units_;
     std::vector<const float*> constants_;  // where a unit's constant stands, or null
     std::vector<std::vector<ChainLayer>> layers_;
@@ -111,6 +116,7 @@ private:
     std::vector<ChainNode> nodes_;
     std::vector<int> children_;
     std::vector<float> values_;
+    const ChainKernels* kernels_ = nullptr;  // of the level for which weights are packed
     ChainArgs sampler_{};
     ChainRows rows_{};
     int64_t condition_rows_ = 0, condition_width_ = 0, slope_rows_ = 0, widest_ = 0;

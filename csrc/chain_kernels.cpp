@@ -589,7 +589,7 @@ private:
         if (gradient && a_.clips_norm) clip_norm();
         uint32_t lost[N] = {};
         for (int64_t first = 0; first < size_; first += 4) {
-            Rows x, z;
+            Rows x, z{};
             if (m.noisy) normals_of_block(uint32_t(first / 4), step, key, z);  // before anything else takes registers
             each([&](int r, int v) { x.v[r][v] = V::load(from + (first + r) * T + v * W); });
             if (gradient) {
@@ -713,6 +713,6 @@ constexpr bool kBf16 = false;
 }  // namespace
 
 extern const ChainKernels EBMFAST_CHAIN_TABLE;
-const ChainKernels EBMFAST_CHAIN_TABLE = {kPanel, kBf16, run, energies, activations, multiply_adds};
+const ChainKernels EBMFAST_CHAIN_TABLE = {W, kPanel, kBf16, run, energies, activations, multiply_adds};
 
 }  // namespace ebmfast

@@ -15,7 +15,7 @@ constexpr int kMaxVectors = 2;  // of chains in a tile
 
 // How a condition c enters a layer z = scale * (W h + bias) + shift:
 //   scale = 1 + scale_bias + scale_weight c,   shift = shift_bias + shift_weight c
-// with matrices [out][width] of row strides; null pointers are zeros. Both are folded into one shift and one scale per output:
+// with matrices [out][width] of row strides; null pointers are zeros, and without scale_weight there is no scale. Both are folded into one shift and one scale per output:
 // once per call where every chain has the same condition, else once per call and chain.
 struct ChainConditioning {
     int width, slot;  // slot: which of ChainArgs::conditions, -1 for a condition that all chains share
@@ -88,7 +88,7 @@ struct ChainArgs {
 };
 
 struct ChainKernels {
-    int panel;       // outputs per panel of packed weights
+    int lanes, panel;  // chains per vector, outputs per panel of packed weights
     bool bf16;       // whether products of bfloat16 pairs exist
     void (*run)(const ChainArgs&, int64_t first, int count, int vectors, float* scratch);
     void (*energies)(const ChainArgs&, int64_t first, int count, int vectors, float* scratch);

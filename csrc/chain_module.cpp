@@ -114,7 +114,7 @@ void bind_chain(py::module_& m) {
         .def(py::init<int, int, bool>(), py::arg("rows"), py::arg("columns"), py::arg("bf16"))
         .def("set_source", [](PackedMatrix& self, uintptr_t w, int64_t stride) { self.set_source(pointer<const float>(w), stride); });
     py::class_<ChainPlan>(m, "ChainPlan")
-        .def(py::init<int64_t, const std::vector<std::pair<int, int>>&>(), py::arg("size"), py::arg("codes"))
+        .def(py::init<int64_t, const std::vector<std::pair<int, int>>&, bool>(), py::arg("size"), py::arg("codes"), py::arg("as_gpu") = false)
         .def(
             "add_mlp",
             [](ChainPlan& self, int leaf, const std::vector<std::pair<std::shared_ptr<PackedMatrix>, int>>& layers) {

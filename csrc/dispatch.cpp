@@ -52,8 +52,9 @@ const Level* highest() {
 
 const Level& level_in_use() {
     const Level* level = chosen.load(std::memory_order_acquire);
-    if (level == nullptr) chosen.store(level = highest(), std::memory_order_release);
-    return *level;
+    if (level != nullptr) return *level;
+    const Level* best = highest();
+    return chosen.compare_exchange_strong(level, best, std::memory_order_acq_rel) ? *best : *level;
 }
 
 }  // namespace

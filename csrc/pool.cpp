@@ -32,8 +32,7 @@ struct Job {
 class Pool {
 public:
     bool try_run(Job& job, int helpers) {
-        std::unique_lock<std::mutex> exclusive(caller_, std::try_to_lock);
-        if (!exclusive.owns_lock()) return false;
+        if (busy_.test_and_set(std::memory_order_acquire)) return false;
         {
             std::lock_guard<std::mutex> lock(mutex_);
             for (; threads_ < helpers; ++threads_) std::thread(&Pool::serve, this).detach();
@@ -46,6 +45,7 @@ public:
         open_ = 0;  // who has not come by now is not waited for
         done_.wait(lock, [this] { return running_ == 0; });
         job_ = nullptr;
+        busy_.clear(std::memory_order_release);
         return true;
     }
 
@@ -64,7 +64,8 @@ private:
         }
     }
 
-    std::mutex caller_, mutex_;
+    std::atomic_flag busy_ = ATOMIC_FLAG_INIT;  // not a mutex: a nested call may come from the thread that holds it
+    std::mutex mutex_;
     std::condition_variable wake_, done_;
     Job* job_ = nullptr;
     int open_ = 0, running_ = 0, threads_ = 0;

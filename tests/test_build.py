@@ -152,8 +152,11 @@ def test_build_info():
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
-def test_cuda_compiles(tmp_path, architecture):
+@pytest.mark.parametrize("source", ["step", "chain"])
+def test_cuda_compiles(tmp_path, source, architecture):
+    """For both architectures, and without spilling registers."""
     (nvcc,) = need("nvcc")
-    flags = ["-std=c++17", "--fmad=false", f"-arch={architecture}", "-cubin", "-I", CSRC]
-    run(nvcc, *flags, CSRC / "cuda" / "step.cu", "-o", tmp_path / "step.cubin")
-    assert (tmp_path / "step.cubin").stat().st_size > 0
+    flags = ["-std=c++17", "--fmad=false", f"-arch={architecture}", "-cubin", "-Xptxas", "-v", "-I", CSRC]
+    log = run(nvcc, *flags, CSRC / "cuda" / f"{source}.cu", "-o", tmp_path / "out.cubin").stderr
+    assert (tmp_path / "out.cubin").stat().st_size > 0
+    assert re.search(r"Used \d+ registers", log) and not re.search(r"[1-9]\d* bytes spill", log), log
