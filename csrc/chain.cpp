@@ -171,6 +171,7 @@ void ChainPlan::set_conditioning(int unit, int layer, const ChainConditioning& c
     l.conditioning = conditioning;
     condition_width_ = std::max<int64_t>(condition_width_, conditioning.width);
     if (conditioning.slot >= 0 && l.own_rows < 0) {
+        if (rows_.total > 0) throw std::logic_error("a layer's conditioning comes before what needs the layout of scratch");
         l.own_rows = int(condition_rows_);
         condition_rows_ += l.out * (conditioning.scale_weight != nullptr ? 2 : 1);
     }
@@ -230,6 +231,11 @@ void ChainPlan::refresh() {
     }
 }
 
+int64_t ChainPlan::scratch_bytes() {
+    lay_out();
+    return rows_.total * kMaxVectors * chain_kernels().lanes * int64_t(sizeof(float));
+}
+
 // Where each array of a tile lies.
 void ChainPlan::lay_out() {
     if (rows_.total > 0) return;
@@ -248,6 +254,7 @@ void ChainPlan::lay_out() {
 }
 
 void ChainPlan::complete(ChainArgs& a) {
+    if (kernels_ == nullptr) throw std::logic_error("refresh comes before run and energies");
     lay_out();
     a.size = size_;
     a.units = units_.data(), a.n_units = int(units_.size());

@@ -90,6 +90,7 @@ public:
 
     int units() const { return int(units_.size()); }
     double work() const { return work_ + 12.0 * double(size_) * double(units_.size()); }  // multiplications per chain and step, about
+    int64_t scratch_bytes();  // of one thread, which keeps them
     void refresh();
     bool run(const ChainCall& call);  // whether every chain is free of faults
     void energies(const float* x, int64_t chains, const std::vector<const float*>& conditions, float* out, int threads);  // [units][chains]

@@ -49,9 +49,9 @@ std::vector<const float*> condition_pointers(const std::vector<uintptr_t>& addre
 // call of a prepared run, for every parameter; in Python it took most of the call.
 class Watch {
 public:
-    // `address` of a tensor's memory, 0 for other values.
-    void add(py::dict mapping, py::object key, py::object value, uintptr_t address) {
-        places_.push_back({std::move(mapping), std::move(key), std::move(value), address});
+    // `address` of a tensor's memory, 0 for other values; `contiguous` tells a matrix from its transpose in the same memory.
+    void add(py::dict mapping, py::object key, py::object value, uintptr_t address, bool contiguous) {
+        places_.push_back({std::move(mapping), std::move(key), std::move(value), address, contiguous});
     }
 
     void add_size(py::object mapping, Py_ssize_t size) { sizes_.emplace_back(std::move(mapping), size); }
@@ -61,6 +61,7 @@ public:
             if (PyObject_Size(mapping.ptr()) != size) return false;
         }
         static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
+        static PyObject* const is_contiguous = PyUnicode_InternFromString("is_contiguous");
         for (const Place& p : places_) {
             PyObject* value = PyDict_GetItemWithError(p.mapping.ptr(), p.key.ptr());
             if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
@@ -69,6 +70,9 @@ public:
             const auto now = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(value, data_ptr));
             if (!now) throw py::error_already_set();
             if (PyLong_AsUnsignedLongLong(now.ptr()) != p.address) return false;
+            const auto contiguous = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(value, is_contiguous));
+            if (!contiguous) throw py::error_already_set();
+            if ((contiguous.ptr() == Py_True) != p.contiguous) return false;
         }
         return true;
     }
@@ -78,6 +82,7 @@ private:
         py::dict mapping;
         py::object key, value;
         uintptr_t address;
+        bool contiguous;
     };
     std::vector<Place> places_;
     std::vector<std::pair<py::object, Py_ssize_t>> sizes_;
@@ -88,7 +93,7 @@ private:
 void bind_chain(py::module_& m) {
     py::class_<Watch>(m, "Watch")
         .def(py::init<>())
-        .def("add", &Watch::add, py::arg("mapping"), py::arg("key"), py::arg("value"), py::arg("address"))
+        .def("add", &Watch::add, py::arg("mapping"), py::arg("key"), py::arg("value"), py::arg("address"), py::arg("contiguous"))
         .def("add_size", &Watch::add_size, py::arg("mapping"), py::arg("size"))
         .def("unchanged", &Watch::unchanged);
     m.def("chain_vectors", &chain_vectors, py::arg("chains"), py::arg("threads"), py::arg("lanes"), "Vectors of chains per tile.");
@@ -154,6 +159,7 @@ void bind_chain(py::module_& m) {
             py::arg("noise_first"), py::arg("clamp"), py::arg("clip_value"), py::arg("clip_norm")
         )
         .def("work", &ChainPlan::work, "Multiplications per chain and step, about.")
+        .def("scratch_bytes", &ChainPlan::scratch_bytes, "Scratch memory of one thread.")
         .def("refresh", &ChainPlan::refresh, "Reads parameters anew; comes before run and energies.")
         .def(
             "run",

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
 #include <thread>
 
@@ -19,12 +20,19 @@ struct Job {
     const void* context;
     int64_t units, chunk;
     std::atomic<int64_t> next{0};
+    std::atomic<bool> failed{false};
+    std::exception_ptr error;  // the first one, written by whoever set `failed`
 
-    void help() {
-        for (;;) {
-            const int64_t begin = next.fetch_add(chunk, std::memory_order_relaxed);
-            if (begin >= units) return;
-            work(context, begin, std::min(begin + chunk, units));
+    void help() noexcept {
+        try {
+            for (;;) {
+                const int64_t begin = next.fetch_add(chunk, std::memory_order_relaxed);
+                if (begin >= units) return;
+                work(context, begin, std::min(begin + chunk, units));
+            }
+        } catch (...) {
+            next.store(units);  // nobody takes more
+            if (!failed.exchange(true)) error = std::current_exception();
         }
     }
 };
@@ -93,7 +101,10 @@ void parallel_for(int64_t units, int threads, Work work, const void* context, in
     if (threads > 1) {
         if (chunk <= 0) chunk = std::max<int64_t>(1, units / (int64_t(threads) * kChunksPerThread));
         Job job{work, context, units, chunk};
-        if (pool().try_run(job, threads - 1)) return;
+        if (pool().try_run(job, threads - 1)) {
+            if (job.failed) std::rethrow_exception(job.error);
+            return;
+        }
     }
     if (units > 0) work(context, 0, units);
 }

@@ -22,7 +22,7 @@ from .composition import (
     with_prior,
 )
 from .expressions import parse
-from .samplers import Annealed, Langevin
+from .samplers import HMC, MALA, Annealed, Langevin
 from .sampling import Run, StepInfo, prepare, sample
 from .state import Fault, Interrupted, NonFiniteError, Report, Result, SampleState, Trace, TraceResult
 from .weights import AboveSigma, PiecewiseSigma
@@ -30,7 +30,7 @@ from .weights import AboveSigma, PiecewiseSigma
 __version__ = "0.1.0"
 
 __all__ = [
-    "AboveSigma", "Annealed", "Concept", "Expression", "Family", "Fault", "Interrupted", "Langevin",
+    "HMC", "MALA", "AboveSigma", "Annealed", "Concept", "Expression", "Family", "Fault", "Interrupted", "Langevin",
     "NonFiniteError", "PiecewiseSigma", "Report", "Result", "Run", "SampleState", "Slot", "StepInfo", "Trace",
     "TraceResult", "UngroundedNegationError", "all_of", "any_of", "energies", "from_json", "negate", "ops", "parse", "prepare",
     "sample", "with_prior", "zoo",

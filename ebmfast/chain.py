@@ -11,6 +11,7 @@ write to a parameter, in whatever way it is made, goes unseen.
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -25,7 +26,10 @@ from .weights import weight_at
 
 ACTIVATIONS = {nn.SiLU: 0, nn.ReLU: 1, nn.Tanh: 2, nn.Softplus: 3, nn.GELU: 4}
 GELU_TANH = 5
-MULTIPLICATIONS_PER_SECOND = 2e10  # of one core, to begin with
+MULTIPLICATIONS_PER_SECOND = 2e10  # of one core: a guess, until a call has been timed
+MOST_SCRATCH = 64 << 20  # bytes per thread
+GLOBAL_HOOKS = (nn_module._global_forward_hooks, nn_module._global_forward_pre_hooks, nn_module._global_backward_hooks,
+                nn_module._global_backward_pre_hooks)
 
 
 class NotNative(Exception):
@@ -46,21 +50,32 @@ class Watch:
     def value(self, mapping: dict, name: str):
         """What stands there, watched from now on."""
         value = mapping.get(name)
-        self._core.add(mapping, name, value, value.data_ptr() if isinstance(value, Tensor) else 0)
+        tensor = isinstance(value, Tensor)
+        self._core.add(mapping, name, value, value.data_ptr() if tensor else 0, tensor and value.is_contiguous())
         return value
 
+    def hooks(self, mapping: dict) -> None:
+        """A mapping of hooks that must stay empty."""
+        self._core.add_size(mapping, 0)
+
     def module(self, module: nn.Module) -> None:
-        """A module whose hooks and children count."""
+        """A module whose hooks and children count, and a forward of its own."""
         for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks):
-            self._core.add_size(hooks, 0)
+            self.hooks(hooks)
+        self.value(module.__dict__, "forward")
         self._core.add_size(module._modules, len(module._modules))
         for name in module._modules:
             self.value(module._modules, name)
 
     def tensor(self, module: nn.Module, name: str, shape: Sequence[int], leaf: Concept) -> Tensor | None:
         """The parameter or buffer `name`, or None where it is None; raises `NotNative` if kernels cannot read it."""
-        value = self.value(module._parameters if name in module._parameters else module._buffers, name)
+        mapping = module._parameters if name in module._parameters else module._buffers
+        if name not in mapping:
+            raise NotNative(f"{leaf.name}: its {name} is neither a parameter nor a buffer")
+        value = self.value(mapping, name)
         if value is None:
+            if name != "bias":
+                raise NotNative(f"{leaf.name}: its {name} is None")
             return None
         if type(value) not in (Tensor, nn.Parameter):
             raise NotNative(f"{leaf.name}: its {name} is a {type(value).__name__}")
@@ -72,9 +87,12 @@ class Watch:
             raise NotNative(f"{leaf.name}: its {name} is not contiguous")
         return value
 
-    def number(self, module: nn.Module, name: str) -> float:
-        """The attribute `name`, a number."""
-        return float(self.value(module.__dict__, name))
+    def number(self, module: nn.Module, name: str, leaf: Concept) -> float:
+        """The attribute `name`, a number; raises `NotNative` if it is anything else, whose changes could go unseen."""
+        value = self.value(module.__dict__, name)
+        if type(value) not in (int, float):
+            raise NotNative(f"{leaf.name}: its {name} is {'absent' if value is None else type(value).__name__}, not a number")
+        return float(value)
 
 
 def _plain(module: nn.Module, kind: type, leaf: Concept) -> None:
@@ -118,10 +136,15 @@ class _Coordinates(_Native):
         self.unit = kind.get(_kind(self.leaf.source.model), plan.add_quartic)(self.index)
 
     def load(self, plan, watch):
-        model, number = self.leaf.source.model, watch.number
+        model = self.leaf.source.model
+
+        def number(module, name):
+            return watch.number(module, name, self.leaf)
+
         match _kind(model):
             case energies.Harmonic:
-                self.keep = torch.zeros(self.size), torch.full((self.size,), number(model, "k"))
+                plain = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
+                self.keep = torch.zeros(self.size, **plain), torch.full((self.size,), number(model, "k"), **plain)
                 plan.set_vectors(self.unit, self.keep[0].data_ptr(), self.keep[1].data_ptr(), 0, 0)
             case energies.Rosenbrock:
                 if self.size < 2:
@@ -230,18 +253,16 @@ class _Perceptron(_Native):
         return ((address + 4 * out * stride, stride), bias + 4 * out if bias else 0), ((address, stride), bias)
 
 
+NATIVE = (energies.Gaussian, energies.GaussianMixture, energies.Harmonic, energies.DoubleWell, energies.StyblinskiTang,
+          energies.Rosenbrock, energies.MLP)
+
+
 def _kind(model) -> type | None:
     """The native class whose forward this module has."""
-    for kind in (*energies_native(), nn.Sequential):
+    for kind in (*NATIVE, nn.Sequential):
         if isinstance(model, kind):
             return kind
     return None
-
-
-def energies_native() -> tuple[type, ...]:
-    """The classes of `ebmfast.energies` that the engine knows."""
-    return (energies.Gaussian, energies.GaussianMixture, energies.Harmonic, energies.DoubleWell, energies.StyblinskiTang,
-            energies.Rosenbrock, energies.MLP)
 
 
 def _activation(module: nn.Module, leaf: Concept, watch: Watch) -> int:
@@ -251,7 +272,7 @@ def _activation(module: nn.Module, leaf: Concept, watch: Watch) -> int:
                         f"{', '.join(k.__name__ for k in ACTIVATIONS)}")
     _plain(module, kind, leaf)
     if kind is nn.Softplus:
-        beta, threshold = (watch.number(module, name) for name in ("beta", "threshold"))
+        beta, threshold = (watch.number(module, name, leaf) for name in ("beta", "threshold"))
         if (beta, threshold) != (1, 20):
             raise NotNative(f"{leaf.name}: Softplus with beta {beta:g} and threshold {threshold:g}, not 1 and 20")
     if kind is nn.GELU and watch.value(module.__dict__, "approximate") == "tanh":
@@ -266,6 +287,7 @@ def _mlp_layers(leaf: Concept, watch: Watch):
     for linear in (*model.layers, *model.modulations, model.read_out):
         _exact(linear, nn.Linear, leaf)
         watch.module(linear)
+    watch.module(model.activation)
     return [*model.layers, model.read_out], [_activation(model.activation, leaf, watch)] * len(model.layers)
 
 
@@ -274,6 +296,8 @@ def _sequential_layers(leaf: Concept, watch: Watch):
     layers = [m for m in leaf.source.model if type(m) is not nn.Identity]
     for layer in leaf.source.model:
         watch.module(layer)
+        if type(layer) is nn.Identity:
+            _plain(layer, nn.Identity, leaf)
     linears, activations = layers[::2], [_activation(m, leaf, watch) for m in layers[1::2]]
     for linear in linears:
         _exact(linear, nn.Linear, leaf)
@@ -292,6 +316,8 @@ def _describe(leaf: Concept, index: int, shape: Sequence[int], bf16: bool, slots
     if kind is None:
         name = getattr(model, "__name__", type(model).__name__)
         raise NotNative(f"{leaf.name}: {name} is not a native energy (ebmfast.energies; Sequential of Linear and activations)")
+    if not shape:
+        raise NotNative(f"{leaf.name}: chains of no dimension")
     _plain(model, kind, leaf)
     if leaf.source.takes_sigma or leaf.source.takes_keep:
         raise NotNative(f"{leaf.name}: it takes a noise level or a keep flag")
@@ -315,8 +341,8 @@ def _natural_shape(expression: Expression) -> tuple[int, ...]:
                 return tuple(model.mean.shape)
             case energies.GaussianMixture():
                 return tuple(model.means.shape[1:])
-            case nn.Sequential() if len(model) and isinstance(model[0], nn.Linear):
-                return (model[0].in_features,)
+            case nn.Sequential() if linears := [m for m in model if isinstance(m, nn.Linear)]:
+                return (linears[0].in_features,)
     return (2,)
 
 
@@ -347,8 +373,8 @@ class Chain:
     def __init__(self, expression: Expression, shape: Sequence[int], compute_dtype: torch.dtype | None = None, *,
                  noise_first: bool = False, clamp: tuple[float, float] | None = None, clip_value: float | None = None,
                  clip_norm: float | None = None):
-        if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
-            raise NotNative("global forward hooks are registered")
+        if any(GLOBAL_HOOKS):
+            raise NotNative("global hooks are registered")
         bf16 = compute_dtype == torch.bfloat16
         if compute_dtype not in (None, torch.float32) and not bf16:
             raise NotNative(f"compute_dtype {str(compute_dtype).removeprefix('torch.')}: the engine has float32 and bfloat16")
@@ -358,7 +384,10 @@ class Chain:
             raise NotNative("the composition has no leaf")
         self.expression, self.bf16 = expression, bf16
         self.size = torch.Size(shape).numel()
-        self._recognised, self._parameters = Watch(), Watch()
+        self.lock = threading.RLock()  # over a refresh and what relies on it
+        self._recognised, self._parameters, self._dead = Watch(), Watch(), False
+        for hooks in GLOBAL_HOOKS:
+            self._recognised.hooks(hooks)
         slots, watch = expression.slots, self._recognised
         self.natives = [_describe(leaf, k, shape, bf16, slots, watch) for k, leaf in enumerate(expression.leaves)]
         starts = [0, *itertools.accumulate(n.units for n in self.natives)]
@@ -375,6 +404,9 @@ class Chain:
         self._mixtures = any(n.mixture for n in self.natives)
         self._sigma: object = object()
         self._load()
+        if self._plan.scratch_bytes() > MOST_SCRATCH:
+            needs = self._plan.scratch_bytes() >> 20
+            raise NotNative(f"chains of {self.size} numbers would need {needs} MiB of scratch memory per thread")
 
     def _expand(self, code: tuple[int, int], starts: list[int]) -> list[tuple[int, int]]:
         kind, k = code
@@ -391,12 +423,13 @@ class Chain:
 
     def refresh(self) -> bool:
         """Read parameters as they are now. False if a module is no longer what was recognised."""
-        if not self._recognised.unchanged() or (self.bf16 and not core.chain_bf16()):
+        if self._dead or not self._recognised.unchanged() or (self.bf16 and not core.chain_bf16()):
             return False
         if not self._parameters.unchanged():
             try:
                 self._load()
             except NotNative:
+                self._dead = True  # some addresses are taken anew, some are not
                 return False
         self._plan.refresh()
         return True

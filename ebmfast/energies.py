@@ -72,7 +72,7 @@ class Gaussian(nn.Module):
         mean: μ, `[D]`.
         cov: Σ: a variance, D variances, or `[D, D]`, symmetric and positive definite.
 
-    Buffers: `mean` `[D]` and `precision` Σ⁻¹, `[D]` (scalar and diagonal) or `[D, D]`.
+    Buffers: `mean` `[D]` and `precision` Σ⁻¹, `[D]` (scalar and diagonal) or `[D, D]`, which must stay symmetric.
 
     Raises:
         ValueError: shapes that do not match, or a covariance that is not one.

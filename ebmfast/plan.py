@@ -164,7 +164,8 @@ def check_conditions(expression: Expression, conditions: Mapping | None, n: int)
     rows = {}
     for name, value in conditions.items():
         value = torch.as_tensor(value)
-        value = value.to(torch.get_default_dtype()) if not value.is_floating_point() else value.detach()
+        # A copy: a state that resumes must not follow what becomes of the caller's buffer.
+        value = value.to(torch.get_default_dtype()) if not value.is_floating_point() else value.detach().clone()
         if value.ndim != 2 or value.shape[0] != n:
             raise ValueError(f"`conditions[{name!r}]` must be [n, C] with n = {n}, got {list(value.shape)}")
         if not torch.isfinite(value).all():

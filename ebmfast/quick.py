@@ -48,26 +48,29 @@ class QuickCall:
         if type(first_chain) is not int or not 0 <= first_chain <= rng.MAX_CHAINS - rows:
             return None
         rows_of = self._conditions(conditions, rows)
-        if rows_of is None or not core.all_finite(x.data_ptr(), x.numel()) or not self._chain.refresh():
+        if rows_of is None or not core.all_finite(x.data_ptr(), x.numel()):
             return None
-        seed = rng.resolve_seed(seed)
-        out, faults = x.detach().clone(), torch.zeros(rows, dtype=torch.int64)
-        began = time.perf_counter()
-        if not self._chain.run(out, faults, rows_of, self._drift, self._noise, None, step=0, seed=seed, first_chain=first_chain):
+        chain, out, faults = self._chain, x.detach().clone(), torch.zeros(rows, dtype=torch.int64, device=_CPU)
+        with chain.lock:
+            if not chain.refresh():
+                return None
+            seed = rng.resolve_seed(seed)
+            began = time.perf_counter()
+            fine = chain.run(out, faults, rows_of, self._drift, self._noise, None, step=0, seed=seed, first_chain=first_chain)
+            energy, leaf_energies = self._energies(out, rows_of) if fine and self._run.energies else (None, None)
+        if not fine or (energy is not None and not core.all_finite(leaf_energies.data_ptr(), leaf_energies.numel())):
             return self._run(rows, seed, steps=self._steps, conditions=conditions, x=x, first_chain=first_chain, quick=False)
-        energy, leaf_energies = self._energies(out, rows_of) if self._run.energies else (None, None)
-        if energy is not None and not core.all_finite(leaf_energies.data_ptr(), leaf_energies.numel()):
-            return self._run(rows, seed, steps=self._steps, conditions=conditions, x=x, first_chain=first_chain, quick=False)
-        seconds = time.perf_counter() - began
+        seconds, threads, isa = time.perf_counter() - began, torch.get_num_threads(), core.isa()
 
         def state() -> SampleState:
-            step = torch.full((rows,), self._steps, dtype=torch.int64)
+            step = torch.full((rows,), self._steps, dtype=torch.int64, device=_CPU)
             return SampleState(out, step, faults, seed, first_chain, 0, self._steps, dict(zip(self._slots, rows_of)))
 
         def report():
+            info = {"backend": "cpu", "isa": isa, "threads": threads}
             return self._run.describe(
-                backend="cpu", engine="chain", device=_CPU, dtype=torch.float32, seed=seed, first_chain=first_chain, chains=rows,
-                steps=self._steps, batch=rows, seconds=seconds, coefficients=self._coefficients, faults=())
+                backend="cpu", info=info, engine="chain", device=_CPU, dtype=torch.float32, seed=seed, first_chain=first_chain,
+                chains=rows, steps=self._steps, batch=rows, seconds=seconds, coefficients=self._coefficients, faults=())
 
         return Result(out, energy, leaf_energies, None, state, report)
 
@@ -82,7 +85,7 @@ class QuickCall:
             plain = type(c) is Tensor and c.dtype is torch.float32 and c.device == _CPU and c.is_contiguous()
             if not plain or c.shape != (rows, self._chain.widths[slot]) or not core.all_finite(c.data_ptr(), c.numel()):
                 return None
-            found.append(c.detach())
+            found.append(c.detach().clone())  # a state that resumes must not follow what becomes of the caller's buffer
         return found
 
     def _energies(self, x: Tensor, conditions: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from .chain import Chain, NotNative
 from .composition import Expression
 from .plan import Plan, check_conditions
 from .quick import QuickCall
-from .samplers import Annealed, Langevin
+from .samplers import SAMPLERS, Annealed, Sampler
 from .state import Fault, Interrupted, NonFiniteError, Report, Result, SampleState, Trace, TraceResult
 
 CHECK_EVERY = 16  # steps between two looks at the fault flags; a faulty chain stops at once in the kernel
@@ -34,7 +35,7 @@ class StepInfo(NamedTuple):
     sigma: float | None
 
 
-def sample(expr: Expression, n: int | None = None, shape=None, sampler: Langevin | Annealed | None = None,
+def sample(expr: Expression, n: int | None = None, shape=None, sampler: Sampler | None = None,
            steps: int | None = None, seed=None, *, conditions: Mapping | None = None, x: torch.Tensor | None = None,
            init: str | Callable | None = None, first_chain: int = 0, frozen_mask: torch.Tensor | None = None,
            batch_size: int | None = None, device=None, compute_dtype: torch.dtype | None = None,
@@ -50,7 +51,7 @@ def sample(expr: Expression, n: int | None = None, shape=None, sampler: Langevin
         expr: a `Concept` or a composition of them.
         n: chains; taken from `x`, `resume` or `conditions` where those are given.
         shape: shape S of one chain; taken from `x` or `resume` where given.
-        sampler: `Langevin(...)` or `Annealed(...)`.
+        sampler: `Langevin(...)`, `Annealed(...)`, `MALA(...)` or `HMC(...)`.
         steps: steps to take, 0 or more (`Annealed` has its own number).
         seed: an integer in [0, 2^64), a torch.Generator, or None for one from torch's generator (see `report.seed`).
         conditions: `{slot: [n, C]}`, one row per chain.
@@ -75,7 +76,7 @@ def sample(expr: Expression, n: int | None = None, shape=None, sampler: Langevin
         allow_improper: sample a composition that is not grounded.
 
     Returns:
-        `Result` with x `[n, *S]`, energy `[n]`, leaf_energies `[n, K]`, trace, state, report.
+        `Result` with x `[n, *S]`, energy `[n]`, leaf_energies `[n, K]`, trace, acceptance `[n]`, state, report.
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message names it.
@@ -90,7 +91,7 @@ def sample(expr: Expression, n: int | None = None, shape=None, sampler: Langevin
                trace=trace, callback=callback, progress=progress, resume=resume)
 
 
-def prepare(expr: Expression, sampler: Langevin | Annealed | None = None, *, shape=None, steps: int | None = None,
+def prepare(expr: Expression, sampler: Sampler | None = None, *, shape=None, steps: int | None = None,
             batch_size: int | None = None, device=None, compute_dtype: torch.dtype | None = None,
             backend: str = "auto", engine: str = "auto", energies: bool = True, on_nonfinite: str = "raise",
             allow_improper: bool = False) -> Run:
@@ -100,8 +101,8 @@ def prepare(expr: Expression, sampler: Langevin | Annealed | None = None, *, sha
     process. Arguments and errors are those of `sample`.
     """
     plan = Plan(expr, compute_dtype)
-    if not isinstance(sampler, Langevin | Annealed):
-        raise TypeError(f"`sampler` must be Langevin(...) or Annealed(...), got {sampler!r}")
+    if not isinstance(sampler, SAMPLERS):
+        raise TypeError(f"`sampler` must be Langevin(...), Annealed(...), MALA(...) or HMC(...), got {sampler!r}")
     levels = sampler.noise_levels()
     plan.check_sigmas(levels)
     if not allow_improper and sampler.clamp is None:
@@ -149,6 +150,14 @@ class Run:
         self.energies, self.on_nonfinite = energies, on_nonfinite
         self._chains: dict[tuple[int, ...], Chain | NotNative] = {}
         self._quick: dict[int, QuickCall] = {}
+        self._lock = threading.RLock()  # over the two
+
+    def __getstate__(self):
+        """A copy, or a pickle, recognises its modules anew."""
+        return vars(self) | {"_chains": {}, "_quick": {}, "_lock": None}
+
+    def __setstate__(self, state):
+        vars(self).update(state, _lock=threading.RLock())
 
     def __call__(self, n: int | None = None, seed=None, *, steps: int | None = None,
                  conditions: Mapping | None = None, x: torch.Tensor | None = None,
@@ -170,7 +179,11 @@ class Run:
     def _run(self, n, seed, steps, conditions, x, init, first_chain, frozen_mask, trace, callback, progress, resume):
         call = self._check(n, seed, steps, conditions, x, first_chain, resume)
         backend = self._backend(call)
-        chain = self._chain(call, backend)
+        with ExitStack() as held:
+            chain = self._chain(call, backend, held)
+            return self._draw(call, backend, chain, init, frozen_mask, trace, callback, progress, resume)
+
+    def _draw(self, call: _Call, backend, chain: Chain | None, init, frozen_mask, trace, callback, progress, resume) -> Result:
         initial = self._initial(call, backend, init)
         frozen = _frozen_mask(frozen_mask, call)
         trace = Trace(every=trace) if isinstance(trace, int) else trace
@@ -182,12 +195,12 @@ class Run:
                 raise Interrupted(chains.state())
             energy, leaf_energies = chains.final_energies() if self.energies else (None, None)
         report = self.describe(
-            backend=backend.name, engine="step" if chain is None else "chain", device=call.device, dtype=call.dtype, seed=call.seed,
-            first_chain=call.first_chain, chains=call.n, steps=call.target - call.base, batch=chains.batch,
-            seconds=time.perf_counter() - started, coefficients=chains.coefficients, faults=chains.faults_seen)
+            backend=backend.name, info=backend.info(), engine="step" if chain is None else "chain", device=call.device,
+            dtype=call.dtype, seed=call.seed, first_chain=call.first_chain, chains=call.n, steps=call.target - call.base,
+            batch=chains.batch, seconds=time.perf_counter() - started, coefficients=chains.coefficients, faults=chains.faults_seen)
         if resume is None and QuickCall.fits(self, chain):
             self._quick[call.target] = QuickCall(self, chain, call.shape, call.target)
-        return Result(chains.x, energy, leaf_energies, chains.trace_result(), chains.state(), report)
+        return Result(chains.x, energy, leaf_energies, chains.trace_result(), chains.state(), report, chains.acceptance())
 
     def explain(self) -> str:
         """The plan, the sampler, and the backend and engine that would run on this machine."""
@@ -195,7 +208,11 @@ class Run:
         lines = [self.plan.explain(self.shape), f"sampler      {self.sampler!r}", f"backend      {backend.name}"]
         if self.engine_name == "step" or backend.name != "cpu":
             why = "as asked" if self.engine_name == "step" else f"the one of backend {backend.name}"
-            lines.append(f"engine       step, {why}")
+        elif self.sampler.native_options() is None:
+            why = f"the one that {type(self.sampler).__name__} runs in"
+        else:
+            return "\n".join(lines)
+        lines.append(f"engine       step, {why}")
         return "\n".join(lines)
 
     def _check(self, n, seed, steps, conditions, x, first_chain, resume) -> _Call:
@@ -215,6 +232,8 @@ class Run:
             raise ValueError("`n`, the number of chains, is needed, or a starting `x`")
         _check_int("n", n, 0)
         _check_int("first_chain", first_chain, 0)
+        if first_chain > rng.MAX_CHAINS - n:
+            raise ValueError(f"`first_chain` must be at most 2^60 - {n}, got {first_chain}")
         steps = self._steps(steps)
         device = _device(device, self.plan)
         return _Call(x, n, shape, dtype, device, rng.resolve_seed(seed), first_chain, 0, steps,
@@ -261,27 +280,42 @@ class Run:
             name = "reference"
         return backends.resolve(name, call.device)
 
-    def _chain(self, call: _Call, backend) -> Chain | None:
-        """The chain engine, its parameters read anew, or None for the step engine."""
+    def _chain(self, call: _Call, backend, held: ExitStack) -> Chain | None:
+        """The chain engine, its parameters read anew and its lock `held`, or None for the step engine."""
         if self.engine_name == "step":
             return None
-        if backend.name != "cpu":
-            found: Chain | NotNative = NotNative(f"it belongs to backend 'cpu', this run is on {backend.name!r}")
+        found: Chain | NotNative
+        if self.sampler.native_options() is None:
+            found = NotNative(f"{type(self.sampler).__name__} accepts and rejects, which the step engine does")
+        elif backend.name != "cpu":
+            found = NotNative(f"it belongs to backend 'cpu', this run is on {backend.name!r}")
         else:
-            found = self._chains.get(call.shape)
-            if not isinstance(found, Chain) or not found.refresh():
-                found = self._recognise(call.shape)
+            with self._lock:
+                found = self._chains.get(call.shape)
+                if not isinstance(found, Chain) or not self._fresh(found, held):
+                    found = self._recognise(call.shape, held)
         if isinstance(found, NotNative):
             if self.engine_name == "chain":
                 raise ValueError(f"`engine` is \"chain\", which cannot run this composition: {found}")
             return None
         return found
 
-    def _recognise(self, shape: tuple[int, ...]) -> Chain | NotNative:
+    @staticmethod
+    def _fresh(chain: Chain, held: ExitStack) -> bool:
+        """Whether the chain engine still fits; it then belongs to this thread until `held` ends."""
+        chain.lock.acquire()
+        if not chain.refresh():
+            chain.lock.release()
+            return False
+        held.callback(chain.lock.release)
+        return True
+
+    def _recognise(self, shape: tuple[int, ...], held: ExitStack) -> Chain | NotNative:
         try:
             found: Chain | NotNative = Chain(
                 self.plan.expression, shape, self.plan.compute_dtype, **self.sampler.native_options())
-            found.refresh()
+            if not self._fresh(found, held):
+                raise NotNative("a module changed while it was being recognised")
         except NotNative as reason:
             found = reason
         self._chains[shape] = found
@@ -313,11 +347,10 @@ class Run:
             raise ValueError(f'`init` must be "uniform", "normal" or a callable, got {init!r}')
         return draw
 
-    def describe(self, *, backend: str, engine: str, device, dtype, seed: int, first_chain: int, chains: int, steps: int,
-                 batch: int, seconds: float, coefficients, faults) -> Report:
+    def describe(self, *, backend: str, info: Mapping, engine: str, device, dtype, seed: int, first_chain: int, chains: int,
+                 steps: int, batch: int, seconds: float, coefficients, faults) -> Report:
         """The report of a call."""
         from . import __version__
-        info = backends.resolve(backend, device).info()
         return Report(
             expression=repr(self.plan.expression), sampler=repr(self.sampler), backend=backend, engine=engine, backend_info=info,
             device=str(device), dtype=str(dtype).removeprefix("torch."),
@@ -343,6 +376,11 @@ class _Chains:
         self.step, self.faults = call.step.clone(), call.faults.clone()
         self.faults_seen: set[Fault] = set()
         self._kept: dict[int, list] = {}
+        self._accepted: torch.Tensor | None = None
+
+    def acceptance(self) -> torch.Tensor | None:
+        """The share of a chain's proposals that it accepted in this call, `[n]`; None for samplers without."""
+        return self._accepted
 
     def _rows(self):
         """Slices of chains that run together: at most a micro-batch, all at the same step."""
@@ -392,6 +430,9 @@ class _Chains:
                 bar.update(state.step - before)
         self.step[rows] = state.step
         self._handle_faults(rows, kernel, state)
+        if hasattr(kernel, "accepted"):
+            self._accepted = torch.zeros(call.n, device=call.device) if self._accepted is None else self._accepted
+            self._accepted[rows] = kernel.accepted / max(state.step - first, 1)
 
     def _until(self, step: int, stride: int) -> int:
         """Where the next call of a kernel ends: after `stride` steps, or where something has to be looked at."""
@@ -406,6 +447,8 @@ class _Chains:
         sigma = self.coefficients.sigma[t - self.call.base]
         if self.callback is not None:
             self.callback(StepInfo(t + 1, self.call.first_chain + rows.start, self.x[rows], sigma))
+            if self.chain is not None and not self.chain.refresh():
+                raise RuntimeError('a callback changed a model so that the chain engine cannot go on; pass engine="step"')
         if self.trace is None or (t + 1) % self.trace.every:
             return
         with torch.no_grad():
@@ -430,7 +473,11 @@ class _Chains:
             for row in faulty:
                 step = int(self.faults[row]) >> 16
                 self.faults_seen.add(self._fault(row, int(self.faults[row])))
-                self.x[row] = self.initial(row, 1, step)[0]
+                drawn = self.initial(row, 1, step)[0]
+                if self.frozen is not None:
+                    held = self.frozen[row] if self.frozen.ndim == self.x.ndim else self.frozen
+                    drawn = torch.where(held, self.x[row], drawn)
+                self.x[row] = drawn
                 self.faults[row] = 0
                 kernel.catch_up(state, row - rows.start, step)
 

@@ -175,7 +175,7 @@ class Result:
         x: final states `[n, *S]`.
         energy, leaf_energies: `[n]` and `[n, K]`, None with energies=False.
         trace: a `TraceResult`, or None.
-        acceptance: None for samplers that accept every step.
+        acceptance: `[n]`, the share of proposals that a chain accepted; None for samplers that accept every step.
         state: a `SampleState` that resumes; its x is this one.
         report: a `Report` of what ran.
 
@@ -199,6 +199,9 @@ class Result:
         if callable(self._report):
             self._report = self._report()
         return self._report
+
+    def __getstate__(self):
+        return vars(self) | {"_state": self.state, "_report": self.report}
 
     def __repr__(self):
         return f"Result(x={list(self.x.shape)}, {self.report})"

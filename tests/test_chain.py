@@ -7,6 +7,10 @@ what any wrong term, weight or noise would make.
 
 import copy
 import math
+import pickle
+import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -358,6 +362,180 @@ def test_what_stops_being_native_goes_to_the_step_engine():
     assert again.report.engine == "chain" and not torch.equal(again.x, hooked.x)
     net.append(nn.Tanh())
     assert run(x=x, seed=0).report.engine == "step"
+
+
+def test_a_film_mlp_is_read_anew():
+    net = seeded(lambda: E.MLP(2, (8, 5), "tanh", 2, "film"))
+    expr = ef.Family(net, "f")(0.5, 1.0)
+    run = ef.prepare(expr, STEP, shape=(2,), steps=5)
+    x = torch.ones(6, 2)
+    run(x=x, seed=0)
+    changes = [lambda: net.layers[1].weight.data.mul_(2.0), lambda: setattr(net, "activation", nn.SiLU()),
+               lambda: net.modulations[0].weight.data.add_(0.3), lambda: net.modulations[1].bias.data.neg_(),
+               lambda: setattr(net.read_out, "weight", nn.Parameter(2 * net.read_out.weight.detach()))]
+    for change in changes:
+        before = run(x=x, seed=0).x
+        change()
+        after = run(x=x, seed=0)
+        expected = ef.sample(expr, x=x, sampler=STEP, steps=5, seed=0, backend="reference")
+        assert after.report.engine == "chain" and not torch.equal(after.x, before)
+        torch.testing.assert_close(after.x, expected.x, **TOLERANCE)
+
+
+def hook_on_an_activation(net):
+    net.activation.register_forward_hook(lambda module, args, out: 3 * out)
+
+
+def forward_of_its_own(net):
+    net.forward = lambda x, condition=None: x.square().sum(1)
+
+
+def transpose_in_place(net):
+    net.layers[1].weight.data = net.layers[1].weight.data.t()
+
+
+def global_hook(net):
+    return torch.nn.modules.module.register_module_forward_hook(
+        lambda module, args, out: 2 * out if isinstance(module, nn.Linear) else None)
+
+
+@pytest.mark.parametrize("change", [hook_on_an_activation, forward_of_its_own, transpose_in_place, global_hook])
+def test_changes_that_no_parameter_shows_are_seen(change):
+    net = seeded(lambda: E.MLP(2, (8, 8)))
+    run = ef.prepare(ef.Concept(net), STEP, shape=(2,), steps=5)
+    x = torch.ones(6, 2)
+    run(x=x, seed=0)
+    before = run(x=x, seed=0).x
+    handle = change(net)
+    try:
+        after = run(x=x, seed=0)
+        expected = ef.sample(ef.Concept(net), x=x, sampler=STEP, steps=5, seed=0, backend="reference")
+        torch.testing.assert_close(after.x, expected.x, **TOLERANCE)
+        assert not torch.equal(after.x, before)
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+def test_a_failed_reading_leaves_nothing_half_read():
+    a, b = seeded(lambda: perceptron(2, 6, 1)), seeded(lambda: perceptron(2, 6, 1), 1)
+    run = ef.prepare(ef.Concept(a, name="a") & ef.Concept(b, name="b"), STEP, shape=(2,), steps=5)
+    x = torch.ones(6, 2)
+    run(x=x, seed=0)
+    expected, old = run(x=x, seed=0).x, a[0].weight
+    a[0].weight = nn.Parameter(torch.full_like(old, 50.0))
+    b.double()
+    with pytest.raises(RuntimeError):
+        run(x=x, seed=0)
+    a[0].weight = old
+    b.float()
+    assert same_bits(run(x=x, seed=0).x, expected)
+
+
+def test_torch_s_defaults_do_not_matter():
+    expr = concept(lambda: E.Harmonic(3.0)) & concept(lambda: perceptron(2, 4, 1))
+    run, x = ef.prepare(expr, STEP, shape=(2,), steps=5), torch.ones(4, 2)
+    expected = [run(x=x, seed=0).x, run(x=x, seed=0).x]
+    dtype = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert same_bits(ef.sample(expr, x=x, sampler=STEP, steps=5, seed=0, engine="chain").x, expected[0])
+        torch.set_default_device("meta")
+        assert same_bits(run(x=x, seed=0).x, expected[1])
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(dtype)
+
+
+def test_one_run_in_several_threads():
+    """Mixtures set program values at every call, Annealed at every level: threads must not see each other's."""
+    mixture = concept(lambda: E.GaussianMixture([[0.0, 1.0], [1.0, -1.0], [2.0, 2.0]]))
+    annealed = ef.Annealed([2.0, 1.0, 0.5, 0.2], 2, drift=0.2)
+    levels = ef.all_of([mixture, concept(E.Harmonic)], weights=[1.0, ef.AboveSigma(0.7)])
+    for run in (ef.prepare(mixture, STEP, shape=(2,), steps=20), ef.prepare(levels, annealed, shape=(2,))):
+        x = torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
+        expected = run(x=x, seed=0).x
+        with ThreadPoolExecutor(3) as pool:
+            assert all(same_bits(r.x, expected) for r in pool.map(lambda _: run(x=x, seed=0), range(120)))  # noqa: B023
+
+
+def test_long_chains_go_to_the_step_engine():
+    expr = concept(E.DoubleWell)
+    run = ef.prepare(expr, STEP, shape=(2_000_000,), steps=1)
+    assert "MiB of scratch memory per thread" in run.explain()
+
+
+def test_modules_that_only_torch_can_read_go_to_the_step_engine():
+    harmonic = E.Harmonic()
+    harmonic.k = torch.tensor(2.0)
+    result = ef.sample(ef.Concept(harmonic, name="h"), n=3, shape=(2,), sampler=STEP, steps=2, seed=0)
+    assert result.report.engine == "step" and "h: its k is Tensor, not a number" in ef.Concept(harmonic, name="h").explain()
+    del harmonic.k
+    harmonic.k = nn.Parameter(torch.tensor(2.0))
+    assert ef.sample(ef.Concept(harmonic), n=3, shape=(2,), sampler=STEP, steps=2, seed=0).report.engine == "step"
+    hooked = nn.Sequential(nn.Linear(2, 4), nn.Identity(), nn.SiLU(), nn.Linear(4, 1))
+    hooked[1].register_forward_hook(lambda module, args, out: 5 * out)
+    assert ef.sample(ef.Concept(hooked), n=3, shape=(2,), sampler=STEP, steps=2, seed=0).report.engine == "step"
+
+
+def test_a_restart_keeps_conditions_masks_and_frozen_elements():
+    net = seeded(lambda: E.MLP(2, (6,), condition_dim=1))
+    expr = ef.Family(net, "f")[ef.Slot("c")] & steep()
+    x, frozen = outliers(), torch.rand(40, 2, generator=torch.Generator().manual_seed(3)) < 0.3
+    frozen[7], frozen[33] = torch.tensor([False, True]), torch.tensor([False, False])
+    options = dict(x=x, sampler=RARE, steps=60, seed=0, on_nonfinite="restart", init="normal", frozen_mask=frozen,
+                   conditions={"c": torch.randn(40, 1, generator=torch.Generator().manual_seed(2))}, energies=False)
+    ours, theirs = (ef.sample(expr, engine=engine, **options) for engine in ("chain", "step"))
+    torch.testing.assert_close(ours.x, theirs.x, **TOLERANCE)
+    assert torch.equal(ours.x[frozen], x[frozen]) and ours.report.faults == theirs.report.faults != []
+
+
+def test_ctrl_c_is_served_on_the_way_and_resumes():
+    """A run of minutes stops soon after the signal; what it leaves goes on as if nothing had happened."""
+    expr, sampler = concept(lambda: perceptron(3, 64, 64, 1)), STEP
+    timer = threading.Timer(0.6, lambda: signal.raise_signal(signal.SIGINT))
+    timer.start()
+    with pytest.raises(ef.Interrupted) as stopped:
+        ef.sample(expr, n=256, shape=(3,), sampler=sampler, steps=200_000, seed=0)
+    done = int(stopped.value.state.step[0])
+    assert 0 < done < 200_000
+    short = ef.sample(expr, n=256, shape=(3,), sampler=sampler, steps=done, seed=0)
+    assert same_bits(short.x, stopped.value.state.x)
+
+
+def test_a_callback_that_changes_the_model_is_followed():
+    def drawn(engine):
+        net, well = seeded(lambda: perceptron(2, 6, 1)), E.Harmonic()
+
+        def change(info):
+            net[0].weight.data.mul_(1.1)
+            net[2].bias.data.add_(0.1)
+            well.k += 0.5
+
+        expr = ef.Concept(net) & ef.Concept(well)
+        return ef.sample(expr, x=torch.ones(5, 2), sampler=STEP, steps=6, seed=0, callback=change, engine=engine).x
+
+    torch.testing.assert_close(drawn("chain"), drawn("step"), **TOLERANCE)
+
+
+def test_results_and_runs_pickle_and_states_own_their_conditions():
+    family = ef.Family(seeded(lambda: E.MLP(2, (8,), condition_dim=1)), "f")
+    run = ef.prepare(family[ef.Slot("c")], STEP, shape=(2,), steps=4)
+    x, rows = torch.zeros(5, 2), torch.ones(5, 1)
+    for _ in range(2):
+        result = run(x=x, seed=0, conditions={"c": rows})
+        whole = ef.sample(family[ef.Slot("c")], x=x, sampler=STEP, steps=8, seed=0, conditions={"c": rows})
+        loaded = pickle.loads(pickle.dumps(result))
+        assert same_bits(loaded.x, result.x) and loaded.report == result.report
+        rows.zero_()
+        assert same_bits(ef.sample(family[ef.Slot("c")], resume=result.state, sampler=STEP, steps=4).x, whole.x)
+        rows.fill_(1.0)
+    assert same_bits(copy.deepcopy(run)(x=x, seed=0, conditions={"c": rows}).x, result.x)
+
+
+def test_chain_ids_end_at_2_to_the_60():
+    with pytest.raises(ValueError, match="`first_chain` must be at most 2"):
+        ef.sample(concept(E.Harmonic), x=torch.zeros(2, 2), sampler=STEP, steps=1, seed=0, first_chain=(1 << 60) - 1)
 
 
 class Overridden(E.DoubleWell):

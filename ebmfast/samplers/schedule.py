@@ -24,7 +24,8 @@ class Coefficients:
     @cached_property
     def float32(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Drift and noise as kernels read them."""
-        return torch.tensor(self.drift, dtype=torch.float32), torch.tensor(self.noise, dtype=torch.float32)
+        drift, noise = (torch.tensor(v, dtype=torch.float32, device="cpu") for v in (self.drift, self.noise))
+        return drift, noise
 
     def same_level(self, i: int, stop: int) -> int:
         """The end of the longest stretch from entry `i` to `stop` that has one noise level."""

@@ -3,9 +3,11 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <stdexcept>
 #include <string>
 #include <thread>
 
@@ -327,6 +329,30 @@ void test_parallel_for() {
     for (std::thread& caller : callers) caller.join();
 }
 
+// What work throws, on whichever thread, comes out of the call once everybody has stopped, and the pool goes on working.
+void test_exceptions() {
+    context = "exceptions";
+    for (const int bad : {0, 17, 199}) {
+        std::atomic<int> inside{0};
+        bool caught = false;
+        try {
+            parallel_for(200, 4, [&](int64_t begin, int64_t end) {
+                ++inside;
+                std::this_thread::sleep_for(std::chrono::microseconds(50));
+                const bool here = begin <= bad && bad < end;
+                --inside;
+                if (here) throw std::runtime_error("bad unit");
+            }, 1);
+        } catch (const std::runtime_error&) {
+            caught = true;
+        }
+        CHECK(caught && inside == 0, "unit %d: caught %d, %d still inside", bad, int(caught), inside.load());
+    }
+    std::atomic<int> sum{0};
+    parallel_for(100, 4, [&](int64_t begin, int64_t end) { sum += int(end - begin); });
+    CHECK(sum == 100, "%d", sum.load());
+}
+
 // Two compositions at once, each with enough work for helpers.
 void test_two_plans() {
     context = "two plans";
@@ -371,6 +397,7 @@ int main() {
         for (const bool clips_norm : {false, true}) test_overflow(with_or, clips_norm);
     }
     test_parallel_for();
+    test_exceptions();
     test_two_plans();
     std::string names;
     each_level([&] { names += std::string(names.empty() ? "" : ", ") + kernels().name; });

@@ -1,0 +1,88 @@
+"""Hamiltonian Monte Carlo: leapfrog trajectories from fresh momenta, accepted or rejected per chain.
+
+    p ~ N(0, m T);  L times:  p <- p - (ε/2) ∇E(x),  x <- x + ε p/m,  p <- p - (ε/2) ∇E(x)
+    accepted with probability min(1, exp(-(H(y, p') - H(x, p))/T)),  H = E + p²/(2m)
+
+Sources: Duane et al., Physics Letters B 1987; Neal, Handbook of Markov Chain Monte Carlo 2011, chapter 5.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+
+from .. import rng
+from .metropolis import Metropolis, MetropolisKernel, check_bounds, coefficients
+from .schedule import Coefficients, Schedule
+
+
+@dataclass(frozen=True)
+class HMC(Metropolis):
+    """Hamiltonian Monte Carlo with a diagonal mass; the law of a chain tends to p^(1/T).
+
+    One step of the sampler is one trajectory of `n_leapfrog_steps` gradients.
+
+    Args:
+        step_size: ε, positive: a number, a sequence with one value per step, or a callable of the step. In units of x
+            times the square root of mass per unit of energy. An acceptance near 0.65 is about best.
+        n_leapfrog_steps: L, 1 or more.
+        mass: m, a positive number or a tensor that broadcasts to one chain's shape S.
+        temperature: T, positive: as `step_size`.
+        bounds: `(low, high)` for every element: trajectories that end outside are rejected.
+
+    Raises:
+        ValueError: L below 1, a mass that is not positive, a bound that is not one; at the call, a step size or
+            temperature of 0.
+    """
+
+    step_size: Schedule
+    n_leapfrog_steps: int = 10
+    mass: float | torch.Tensor = field(default=1.0, hash=False, compare=False)
+    temperature: Schedule = 1.0
+    bounds: tuple[float, float] | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "bounds", check_bounds(self.bounds))
+        if isinstance(self.n_leapfrog_steps, bool) or not isinstance(self.n_leapfrog_steps, int) or self.n_leapfrog_steps < 1:
+            raise ValueError(f"`n_leapfrog_steps` must be a positive integer, got {self.n_leapfrog_steps!r}")
+        mass = torch.as_tensor(self.mass)
+        if not (torch.isfinite(mass) & (mass > 0)).all():
+            raise ValueError("`mass` must be positive and finite")
+
+    def coefficients(self, expression, steps: int, start: int = 0) -> Coefficients:
+        """Drift ε²/2 and noise ε√T: those of Langevin dynamics that one leapfrog step of mass 1 amounts to."""
+        sizes, heat = self.scales(steps, start)
+        return coefficients([s * s for s in sizes], heat)
+
+    def bind(self, evaluator, backend, coefficients: Coefficients, start: int, **fixed) -> HMCKernel:
+        """`init` and `advance` on one micro-batch; `fixed`: seed, first_chain, frozen_mask."""
+        return HMCKernel(self, evaluator, backend, coefficients, start, **fixed)
+
+
+class HMCKernel(MetropolisKernel):
+    """Trajectories of one micro-batch."""
+
+    def init(self, x, step=None, faults=None):
+        self._mass = torch.as_tensor(self.sampler.mass, dtype=x.dtype, device=x.device)
+        if self._mass.ndim > x.ndim - 1 or torch.broadcast_shapes(self._mass.shape, x.shape[1:]) != x.shape[1:]:
+            raise ValueError(f"`mass` must broadcast to {list(x.shape[1:])}, got {list(self._mass.shape)}")
+        return super().init(x, step, faults)
+
+    def propose(self, x, here, t, drift, noise, temperature):
+        size, mass = math.sqrt(2 * drift), self._mass
+        p = self.backend.normal(x.shape[1:], len(x), step=t, stream=rng.MOMENTUM, device=x.device, **self.noise_id).to(x.dtype)
+        p = p * (mass * temperature).sqrt()
+        if self.frozen_mask is not None:
+            p = p.masked_fill(self.frozen_mask, 0.0)
+        before, y, there = self._kinetic(p), x.clone(), here
+        for _ in range(self.sampler.n_leapfrog_steps):
+            p = p - (size / 2) * there.gradient
+            y = y + size * p / mass
+            there = self.target(y)
+            p = p - (size / 2) * there.gradient
+        return y, there, (here.energy - there.energy + before - self._kinetic(p)) / temperature
+
+    def _kinetic(self, p: torch.Tensor) -> torch.Tensor:
+        return (p.square() / (2 * self._mass)).flatten(1).sum(1)
