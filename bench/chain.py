@@ -258,10 +258,18 @@ def call_overhead() -> None:
             for net in nets:
                 net.layers[1].weight.data[0, 0] = float(i)
 
-    variants = [Variant(f.__name__, f, lambda: None) for f in (bare, whole, changed, writes)]
+    with_energies = ef.prepare(run.plan.expression, run.sampler, shape=(2,), steps=1)
+    with_energies(x=x, seed=0)
+
+    def energies_too():
+        for _ in range(rounds):
+            with_energies(x=x, seed=0)
+
+    variants = [Variant(f.__name__, f, lambda: None) for f in (bare, whole, energies_too, changed, writes)]
     times, median = medians(variants, rounds=15)
     record("chain", {"case": "a call of a prepared run", "dim": 2, "width": 64, "leaves": 4, "chains": 64, "steps": 1},
            {"microseconds_beyond_arithmetic": (median["whole"] - median["bare"]) / rounds * 1e6,
+            "final_energies_cost": (median["energies_too"] - median["whole"]) / rounds * 1e6,
             "with_one_weight_matrix_of_each_leaf_changed": (median["changed"] - median["writes"] - median["bare"]) / rounds * 1e6,
             "seconds": times, "threads_used": 1})
 

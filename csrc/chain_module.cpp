@@ -49,8 +49,9 @@ std::vector<const float*> condition_pointers(const std::vector<uintptr_t>& addre
 // call of a prepared run, for every parameter; in Python it took most of the call.
 class Watch {
 public:
-    // `address` of a tensor's memory, 0 for other values; `contiguous` tells a matrix from its transpose in the same memory.
-    void add(py::dict mapping, py::object key, py::object value, uintptr_t address, bool contiguous) {
+    // `address` of a tensor's memory, 0 for other values; `contiguous` (1, 0, or -1 for vectors) tells a matrix from its transpose in the
+    // same memory.
+    void add(py::dict mapping, py::object key, py::object value, uintptr_t address, int contiguous) {
         places_.push_back({std::move(mapping), std::move(key), std::move(value), address, contiguous});
     }
 
@@ -70,9 +71,10 @@ public:
             const auto now = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(value, data_ptr));
             if (!now) throw py::error_already_set();
             if (PyLong_AsUnsignedLongLong(now.ptr()) != p.address) return false;
+            if (p.contiguous < 0) continue;
             const auto contiguous = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(value, is_contiguous));
             if (!contiguous) throw py::error_already_set();
-            if ((contiguous.ptr() == Py_True) != p.contiguous) return false;
+            if ((contiguous.ptr() == Py_True) != (p.contiguous == 1)) return false;
         }
         return true;
     }
@@ -82,7 +84,7 @@ private:
         py::dict mapping;
         py::object key, value;
         uintptr_t address;
-        bool contiguous;
+        int contiguous;
     };
     std::vector<Place> places_;
     std::vector<std::pair<py::object, Py_ssize_t>> sizes_;

@@ -51,7 +51,8 @@ class Watch:
         """What stands there, watched from now on."""
         value = mapping.get(name)
         tensor = isinstance(value, Tensor)
-        self._core.add(mapping, name, value, value.data_ptr() if tensor else 0, tensor and value.is_contiguous())
+        contiguous = int(value.is_contiguous()) if tensor and value.ndim > 1 else -1
+        self._core.add(mapping, name, value, value.data_ptr() if tensor else 0, contiguous)
         return value
 
     def hooks(self, mapping: dict) -> None:

@@ -50,7 +50,8 @@ class QuickCall:
         rows_of = self._conditions(conditions, rows)
         if rows_of is None or not core.all_finite(x.data_ptr(), x.numel()):
             return None
-        chain, out, faults = self._chain, x.detach().clone(), torch.zeros(rows, dtype=torch.int64, device=_CPU)
+        chain, faults = self._chain, torch.zeros(rows, dtype=torch.int64, device=_CPU)
+        out = x.detach().clone() if x.requires_grad else x.clone()
         with chain.lock:
             if not chain.refresh():
                 return None
