@@ -4,6 +4,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 CMAKE := $(or $(shell command -v cmake 2>/dev/null),$(VENV)/bin/cmake)
 NATIVE := $(wildcard csrc/* csrc/*/* cmake/*) CMakeLists.txt
+INTERPRETED := $(addprefix tests/,test_triton.py test_step.py test_rng.py test_accept.py)
 
 .PHONY: demo test lint bench sanitize clean
 
@@ -16,8 +17,16 @@ $(STAMP): pyproject.toml constraints.txt $(NATIVE)
 demo: $(STAMP)
 	$(VENV)/bin/ebmfast demo --out demo.png
 
-test: $(STAMP)
+# Large, and only tests need it. Elsewhere the marker makes this nothing.
+$(VENV)/.triton: constraints.txt $(STAMP)
+	$(VENV)/bin/pip install --quiet -c constraints.txt "triton; platform_system == 'Linux' and platform_machine == 'x86_64'"
+	touch $@
+
+# The second run interprets the Triton kernels; the first compiles them.
+test: $(STAMP) $(VENV)/.triton
 	$(VENV)/bin/python -m pytest -q
+	if [ "$$(uname -sm)" = "Linux x86_64" ]; then \
+	TRITON_INTERPRET=1 EBMFAST_REQUIRE=$$EBMFAST_REQUIRE,triton $(VENV)/bin/python -m pytest -q $(INTERPRETED); fi
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check ebmfast kernels tests bench

@@ -4,8 +4,13 @@
 ``reference``         plain torch (`ebmfast.reference`), any device   the specification; float64 too
 ``cpu``               C++ (`csrc/`), for CPU tensors                  bit for bit the reference
 ``cuda``              CUDA C++ (`csrc/cuda`), EBMFAST_CUDA=ON         compiled, never run on a GPU
-``triton``            Triton                                          not in this version
+``triton``            Triton (`kernels/`), NVIDIA and AMD             compiled and interpreted,
+                                                                      never run on a GPU
 ====================  ==============================================  =============================
+
+"auto" takes what has been proven on the device at hand, so neither ``cuda`` nor ``triton``: ask for them by
+name. With TRITON_INTERPRET=1 in the environment, ``triton`` works on CPU tensors in Triton's interpreter: the
+same bits, thousands of times slower, for tests.
 
 Per step, with everything that does not change prepared once::
 
@@ -20,7 +25,9 @@ Per step, with everything that does not change prepared once::
 from __future__ import annotations
 
 import abc
+import importlib.util
 import math
+import os
 from collections.abc import Callable, Sequence
 
 import torch
@@ -28,7 +35,7 @@ import torch
 from ebmfast import _checks, reference, rng
 from ebmfast._native import core
 
-__all__ = ["NAMES", "Backend", "BackendUnavailableError", "available", "resolve"]
+__all__ = ["NAMES", "Backend", "BackendUnavailableError", "available", "home", "resolve"]
 
 Gradients = torch.Tensor | Sequence[torch.Tensor]
 # (gradients, weights, drift, noise, step) -> None
@@ -44,6 +51,8 @@ class Backend(abc.ABC):
 
     name: str
     dtypes: tuple[torch.dtype, ...] = (torch.float32,)
+    gradient_dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)  # of a float32 state
+    home: str = "cpu"  # a type of device that it works on
 
     @abc.abstractmethod
     def _plan(
@@ -104,9 +113,9 @@ class Backend(abc.ABC):
 
         The plan works in place on this very ``x`` (and ``faults``), which must keep their storage. Gradients
         come as one contiguous ``[K, B, *S]`` or as K contiguous ``[B, *S]`` of ``gradient_dtype`` (float32 or
-        bfloat16), anew each step; weights as float32 ``[K]``, or ``[K, B]`` with ``weights_per_chain``. Not
-        for two threads at a time. Arguments and semantics: `ebmfast.reference.langevin_step`. Raises
-        TypeError or ValueError.
+        bfloat16; reference and triton take float16 too), anew each step; weights as float32 ``[K]``, or
+        ``[K, B]`` with ``weights_per_chain``. Not for two threads at a time. Arguments and semantics:
+        `ebmfast.reference.langevin_step`. Raises TypeError or ValueError.
         """
         _checks.check_state(x, self.dtypes, frozen_mask, faults)
         reason = self.unsuitable(x.device)
@@ -114,7 +123,7 @@ class Backend(abc.ABC):
             reason is None, "x", f"a tensor that backend {self.name!r} can work on", f"{x.device} ({reason})"
         )
         _checks.check_noise_id(seed=seed, stream=stream, first_chain=first_chain, chains=x.shape[0])
-        allowed = (torch.float32, torch.bfloat16) if x.dtype == torch.float32 else (x.dtype,)
+        allowed = self.gradient_dtypes if x.dtype == torch.float32 else (x.dtype,)
         _checks.check(gradient_dtype in allowed, "gradient_dtype", f"one of {allowed}", gradient_dtype)
         _checks.check(clamp is None or clamp[0] <= clamp[1], "clamp", "(low, high) with low <= high", clamp)
         for name, limit in (("grad_clip_value", grad_clip_value), ("grad_clip_norm", grad_clip_norm)):
@@ -246,6 +255,7 @@ class ReferenceBackend(Backend):
 
     name = "reference"
     dtypes = (torch.float32, torch.float64)
+    gradient_dtypes = (torch.float32, torch.bfloat16, torch.float16)
 
     def unsuitable(self, device: torch.device) -> str | None:
         return None
@@ -289,6 +299,7 @@ class CudaBackend(Backend):
     """CUDA C++ kernels, in stream order. Not in "auto": they have been compiled, never run on a GPU."""
 
     name = "cuda"
+    home = "cuda"
 
     def unsuitable(self, device: torch.device) -> str | None:
         return None if device.type == "cuda" else "its kernels read GPU memory"
@@ -305,8 +316,93 @@ class CudaBackend(Backend):
             )
 
 
-class _NativePlan:
+class TritonBackend(Backend):
+    """Triton kernels, in stream order. Not in "auto": compiled and run by the interpreter, never run on a GPU.
+
+    Its plans also take drift, noise and step as tensors on the device, for a captured graph: `ebmfast.kernels.step`.
+    """
+
+    name = "triton"
+    gradient_dtypes = (torch.float32, torch.bfloat16, torch.float16)
+
+    @property
+    def home(self) -> str:
+        return "cpu" if _interpreted() else "cuda"
+
+    def unsuitable(self, device: torch.device) -> str | None:
+        if device.type == self.home:
+            return None
+        if device.type == "cpu":
+            return "its kernels read GPU memory; TRITON_INTERPRET=1 runs them on the CPU, slowly"
+        return "TRITON_INTERPRET=1 keeps it on the CPU" if _interpreted() else "its kernels read GPU memory"
+
+    def info(self) -> dict[str, object]:
+        import triton
+
+        return {"backend": self.name, "triton": triton.__version__, "interpreted": _interpreted()}
+
+    def _plan(self, x, **options) -> Plan:
+        return _TritonPlan(x, **options)
+
+    def _fill(self, out, **options) -> None:
+        from ebmfast.kernels.fill import fill
+
+        fill(out, **options)
+
+
+class _CheckedPlan:
     """Called every step, so its checks are cheap; what fails them goes to the checks that explain."""
+
+    def __init__(self, x, *, n_gradients, gradient_dtype, weights_per_chain) -> None:
+        self._x, self._n, self._dtype, self._shape = x, n_gradients, gradient_dtype, x.shape
+        self._device = x.device
+        self._stacked = torch.Size((n_gradients, *x.shape))
+        self._per_chain = weights_per_chain
+        self._weights: object = object()
+
+    def _check(self, gradients: Gradients, weights: torch.Tensor | None, step: int) -> bool:
+        """Raises on arguments that do not fit; whether the gradients are stacked."""
+        dtype, device = self._dtype, self._device
+        stacked = isinstance(gradients, torch.Tensor)
+        shape = self._stacked if stacked else self._shape
+        each = (gradients,) if stacked else gradients
+        fits = stacked or len(gradients) == self._n
+        for g in each:
+            if g.dtype is not dtype or g.shape != shape or g.device != device or not g.is_contiguous():
+                fits = False
+        if not fits:
+            _checks.check_gradients(self._x, gradients, self._n, dtype)
+        if not 0 <= step < 4294967296:
+            _checks.check_noise_id(step=step)
+        if self._n > 0 and weights is not self._weights:  # most often the same tensor at every step
+            _checks.check_weights(self._x, weights, self._n, self._per_chain)
+            self._weights = weights
+        return stacked
+
+
+class _TritonPlan(_CheckedPlan):
+    def __init__(self, x, *, n_gradients, gradient_dtype, weights_per_chain, **options) -> None:
+        from ebmfast.kernels.step import StepPlan
+
+        super().__init__(x, n_gradients=n_gradients, gradient_dtype=gradient_dtype, weights_per_chain=weights_per_chain)
+        self._run = StepPlan(x, n_gradients=n_gradients, weights_per_chain=weights_per_chain, **options)
+
+    def __call__(self, gradients, weights, drift, noise, step) -> None:
+        if isinstance(step, torch.Tensor):
+            self._check_schedules(drift, noise, step)
+        self._check(gradients, weights, 0 if isinstance(step, torch.Tensor) else step)
+        self._run(gradients, weights, drift, noise, step)
+
+    def _check_schedules(self, drift: torch.Tensor, noise: torch.Tensor, step: torch.Tensor) -> None:
+        device = self._device
+        _checks.check_tensor("step", step, dtypes=[torch.int64], device=device, shapes=[(1,)])
+        _checks.check_tensor("drift", drift, dtypes=[torch.float32], device=device, shapes=[drift.shape[:1]])
+        _checks.check(len(drift) > 0, "drift", "of shape [T], T > 0", list(drift.shape))
+        _checks.check_tensor("noise", noise, dtypes=[torch.float32], device=device, shapes=[drift.shape])
+
+
+class _NativePlan(_CheckedPlan):
+    """Hands addresses to a plan of `_core`."""
 
     def __init__(
         self,
@@ -324,11 +420,7 @@ class _NativePlan:
         frozen_mask,
         faults,
     ) -> None:
-        self._x, self._n, self._dtype, self._shape = x, n_gradients, gradient_dtype, x.shape
-        self._device = x.device
-        self._stacked = torch.Size((n_gradients, *x.shape))
-        self._per_chain = weights_per_chain
-        self._weights: object = object()
+        super().__init__(x, n_gradients=n_gradients, gradient_dtype=gradient_dtype, weights_per_chain=weights_per_chain)
         self._keep = (frozen_mask, faults)  # the plan holds their addresses
         args = core.step_args(
             x=x.data_ptr(),
@@ -349,23 +441,9 @@ class _NativePlan:
 
     def _addresses(self, gradients: Gradients, weights: torch.Tensor | None, step: int):
         """The gradients' addresses (or the first, if stacked) and the weights', all of them checked."""
-        dtype, device = self._dtype, self._device
-        stacked = isinstance(gradients, torch.Tensor)
-        shape = self._stacked if stacked else self._shape
-        each = (gradients,) if stacked else gradients
-        fits = stacked or len(gradients) == self._n
-        for g in each:
-            if g.dtype is not dtype or g.shape != shape or g.device != device or not g.is_contiguous():
-                fits = False
-        if not fits:
-            _checks.check_gradients(self._x, gradients, self._n, dtype)
-        if not 0 <= step < 4294967296:
-            _checks.check_noise_id(step=step)
+        stacked = self._check(gradients, weights, step)
         if self._n == 0:
             return (), 0
-        if weights is not self._weights:  # most often the same tensor at every step
-            _checks.check_weights(self._x, weights, self._n, self._per_chain)
-            self._weights = weights
         return gradients.data_ptr() if stacked else [g.data_ptr() for g in gradients], weights.data_ptr()
 
 
@@ -407,11 +485,22 @@ def _cuda_reason() -> str | None:
     return None
 
 
-_BACKENDS: dict[str, Backend] = {b.name: b for b in (ReferenceBackend(), CpuBackend(), CudaBackend())}
-_REASONS = {
-    "triton": lambda: "this version has no Triton kernels; use backend='auto'",
-    "cuda": _cuda_reason,
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes")  # as Triton reads it
+
+
+def _triton_reason() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; `pip install triton` (Linux)"
+    if not _interpreted() and not torch.cuda.is_available():
+        return "torch finds no GPU; install a torch built for it, or set TRITON_INTERPRET=1 to run on the CPU, slowly"
+    return None
+
+
+_BACKENDS: dict[str, Backend] = {
+    b.name: b for b in (ReferenceBackend(), CpuBackend(), TritonBackend(), CudaBackend())
 }
+_REASONS = {"triton": _triton_reason, "cuda": _cuda_reason}
 NAMES = ("reference", "cpu", "triton", "cuda")
 _AUTO = ("cpu", "reference")
 
@@ -419,6 +508,11 @@ _AUTO = ("cpu", "reference")
 def available() -> dict[str, str | None]:
     """For each backend, None if it can run here, or why it cannot and what to do."""
     return {name: _REASONS[name]() if name in _REASONS else None for name in NAMES}
+
+
+def home(name: str) -> str:
+    """A type of device that the backend of that name works on."""
+    return _BACKENDS[name].home
 
 
 def resolve(name: str, device: torch.device | str) -> Backend:

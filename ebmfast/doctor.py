@@ -95,12 +95,8 @@ def _known_answers() -> None:
             )
 
 
-def _device_of(name: str) -> str:
-    return "cpu" if name in ("reference", "cpu") else "cuda"
-
-
 def _known_normals(name: str) -> None:
-    device = _device_of(name)
+    device = backends.home(name)
     got = (
         backends.resolve(name, device)
         .normal((4,), 1, seed=0, step=0, stream=rng.INIT, device=device)[0]
@@ -111,7 +107,7 @@ def _known_normals(name: str) -> None:
 
 
 def _step_parity(name: str) -> None:
-    device = _device_of(name)
+    device = backends.home(name)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(5, 3, 7, 11, generator=generator).to(device)
     gradients = torch.randn(2, 5, 3, 7, 11, generator=generator).to(device)

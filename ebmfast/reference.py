@@ -9,7 +9,7 @@ import torch
 
 from ebmfast import rng
 
-__all__ = ["NORM_BLOCK", "NORM_LANES", "blame", "clip_scale", "combine", "langevin_step"]
+__all__ = ["NORM_BLOCK", "NORM_LANES", "blame", "clip_scale", "combine", "langevin_step", "metropolis_accept"]
 
 NORM_BLOCK = 4096
 NORM_LANES = 16
@@ -89,6 +89,35 @@ def langevin_step(
     if faults is not None:
         bad = (moves & ~finite).any(dim=1)
         faults.copy_(torch.where(bad, (step + 1 << 16) + blame(gradients, moves), faults))
+
+
+def metropolis_accept(
+    x: torch.Tensor,
+    proposal: torch.Tensor,
+    log_ratio: torch.Tensor,
+    *,
+    seed: int,
+    step: int,
+    first_chain: int = 0,
+) -> torch.Tensor:
+    r"""Accepts or rejects one proposal per chain, in place; returns what was accepted, bool ``[B]``:
+
+    .. math:: x_b \leftarrow \mathrm{proposal}_b \quad \text{if} \quad \ln u_b < r_b, \qquad u_b \sim U(0, 1)
+
+    u is element 0 of stream ACCEPT (`ebmfast.rng`), and the comparison is ``-2 ln u > -2 r`` with `rng.minus_two_log`,
+    so that every backend decides alike. As u < 1, r >= 0 always accepts; NaN and -inf always reject.
+
+    Args:
+        x, proposal: ``[B, *S]`` of one dtype.
+        log_ratio: r, the logarithm of the acceptance ratio, float32 ``[B]``.
+        seed, step, first_chain: name the uniform; row b is chain ``first_chain + b``.
+    """
+    u = rng.uniform(
+        (), x.shape[0], seed=seed, step=step, stream=rng.ACCEPT, first_chain=first_chain, device=x.device
+    )
+    accepted = rng.minus_two_log(u) > log_ratio * -2.0
+    x.copy_(torch.where(accepted.view(-1, *[1] * (x.ndim - 1)), proposal, x))
+    return accepted
 
 
 def combine(gradients: Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:

@@ -28,6 +28,7 @@ __all__ = [
     "NOISE",
     "USER",
     "box_muller",
+    "minus_two_log",
     "normal",
     "philox",
     "resolve_seed",
@@ -108,17 +109,22 @@ def uniform_from_words(w: torch.Tensor) -> torch.Tensor:
     return (w.to(torch.float32) * 2.0**-32 + 2.0**-33).clamp_max(1 - 2.0**-24)
 
 
+def minus_two_log(u: torch.Tensor) -> torch.Tensor:
+    """``-2 ln u`` of positive normal float32 u."""
+    bits = u.view(torch.int32) - _SQRT_HALF_BITS
+    exponent = (bits >> 23).to(torch.float32)
+    f = ((bits & 0x7FFFFF) + _SQRT_HALF_BITS).view(torch.float32) - 1.0
+    return exponent * _LOG_C + f * _horner(_LOG_Q, f)
+
+
 def box_muller(w0: torch.Tensor, w1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Two normals from two words: ``r cos a, r sin a`` with ``r = sqrt(-2 ln u(w0))``, ``a = 2 pi w1 /
     2^32``.
 
     Absolute error below 1e-6 (5 ulp); reaches out to 6.76.
     """
-    bits = (w0.to(torch.float32) * 2.0**-32 + 2.0**-33).view(torch.int32) - _SQRT_HALF_BITS
-    exponent = (bits >> 23).to(torch.float32)
-    f = ((bits & 0x7FFFFF) + _SQRT_HALF_BITS).view(torch.float32) - 1.0
     # torch's float32 sqrt on the CPU (MKL) is not correctly rounded; through float64 it is, on every device.
-    radius = (exponent * _LOG_C + f * _horner(_LOG_Q, f)).double().sqrt().float()
+    radius = minus_two_log(w0.to(torch.float32) * 2.0**-32 + 2.0**-33).double().sqrt().float()
     x = (((w1 & 0x3FFFFFFF) ^ 0x20000000) - 0x20000000 << 2).to(torch.int32).to(torch.float32) * _ANGLE
     y = x * x
     sin = x * (y * _horner(_SIN, y)) + x

@@ -1,1 +1,5 @@
-"""Triton kernels, installed as `ebmfast.kernels`: none yet in this version (see bench/results/STATUS.md)."""
+"""Triton kernels, one file per op; installed as `ebmfast.kernels`. Importing a file of it imports triton.
+
+Functions here check nothing: `ebmfast.backends` and the callers of `program` and `accept` do. `ebmfast.reference`, `ebmfast.rng`
+and `ebmfast.program` are the specification.
+"""

@@ -24,7 +24,7 @@ def require_backend(name: str) -> backends.Backend:
     reason = backends.available()[name]
     if reason is not None:
         (pytest.fail if name in REQUIRED else pytest.skip)(f"backend {name}: {reason}")
-    return backends.resolve(name, "cpu" if name in ("reference", "cpu") else "cuda")
+    return backends.resolve(name, backends.home(name))
 
 
 def pytest_configure(config: pytest.Config) -> None:

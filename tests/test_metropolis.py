@@ -23,7 +23,8 @@ SAMPLERS = {
 
 
 def draw(e, sampler, steps=60, n=N, shape=(1,), seed=0, **options):
-    return ef.sample(e, n=n, shape=shape, sampler=sampler, steps=steps, seed=seed, **{"init": "normal", "energies": False} | options)
+    options = {"init": "normal", "energies": False} | options
+    return ef.sample(e, n=n, shape=shape, sampler=sampler, steps=steps, seed=seed, **options)
 
 
 def check_moments(x, mean, variance):

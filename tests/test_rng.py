@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import require_backend, same_bits
+from conftest import KERNELS, require_backend, same_bits
 
-from ebmfast import rng
+from ebmfast import backends, rng
 from ebmfast.doctor import KNOWN_ANSWERS
 
 # 1, 3, 5: tails of a Philox block. 8, 64: small chains sharing a register. 255, 256, 257: where chains stop
@@ -170,6 +170,23 @@ def test_large_chain_ids_do_not_wrap():
     assert values.unique().numel() == values.numel()
     across = rng.normal((5,), 6, seed=1, step=0, first_chain=2**32 - 3)
     assert same_bits(across[3:], rng.normal((5,), 3, seed=1, step=0, first_chain=2**32))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("first_chain", [0, 2**32 - 2, 2**59])
+@pytest.mark.parametrize("kind", ["normal", "uniform"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_backend_gives_the_same_bits(name, size, first_chain, kind):
+    options = {"seed": 2**63 + 1, "step": 2**32 - 1, "stream": rng.USER, "first_chain": first_chain}
+    got = getattr(require_backend(name), kind)((size,), 5, **options, device=backends.home(name))
+    assert same_bits(got.cpu(), getattr(rng, kind)((size,), 5, **options))
+
+
+@pytest.mark.parametrize("first", [2**31 - 8, 2**31, 2**32 - 8, 2**34 - 16])
+@pytest.mark.parametrize("name", KERNELS)
+def test_large_elements_do_not_wrap_on_any_backend(name, first):
+    got = require_backend(name).normal((16,), 2, seed=1, step=0, first_element=first, device=backends.home(name))
+    assert same_bits(got.cpu(), rng.normal((16,), 2, seed=1, step=0, first_element=first))
 
 
 @pytest.mark.parametrize("first", [2**31 - 8, 2**31, 2**32 - 8, 2**34 - 16])

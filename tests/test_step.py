@@ -26,13 +26,13 @@ SHAPES = [
 ]  # fmt: skip
 
 
-def problem(shape, dtype=torch.float32, k=3, per_chain=False, seed=0):
-    """State, stacked gradients, weights."""
+def problem(shape, dtype=torch.float32, k=3, per_chain=False, seed=0, device="cpu"):
+    """State, stacked gradients, weights: the same values on every device."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=generator)
     gradients = torch.randn((k, *shape), generator=generator).to(dtype)
     weights = torch.randn((k, shape[0]) if per_chain else (k,), generator=generator)
-    return x, gradients, weights
+    return x.to(device), gradients.to(device), weights.to(device)
 
 
 def assert_equal(got: torch.Tensor, expected: torch.Tensor, tolerance: float = 0.0) -> None:
@@ -64,13 +64,10 @@ OPTIONS = {
 def test_parity(name, shape, dtype, options):
     backend = require_backend(name)
     for per_chain, masked in itertools.product((False, True), (False, True)):
-        x, gradients, weights = problem(shape, dtype, per_chain=per_chain)
+        x, gradients, weights = problem(shape, dtype, per_chain=per_chain, device=backends.home(name))
         expected = x.clone()
-        extra = (
-            {"frozen_mask": torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.4}
-            if masked
-            else {}
-        )
+        mask = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.4
+        extra = {"frozen_mask": mask.to(x.device)} if masked else {}
         call = {"seed": 2**63 + 5, "step": 9, "first_chain": 2**32 - 3, **options, **extra}
         reference.langevin_step(expected, gradients, weights, 0.37, 0.61, **call)
         backend.step(x, gradients, weights, 0.37, 0.61, **call)
@@ -151,12 +148,12 @@ def test_norm_clip(size):
 @pytest.mark.parametrize("clip", [None, 1.0])
 def test_faults(name, size, value, clip):
     backend = require_backend(name)
-    x, gradients, weights = problem((6, size))
+    x, gradients, weights = problem((6, size), device=backends.home(name))
     gradients[2, 1, 0] = value
     gradients[1, 3, size - 1] = value
     gradients[2, 3, 0] = value
     x[4, 1] = INF
-    before, faults = x.clone(), torch.tensor([0, 0, 77, 0, 0, 0])
+    before, faults = x.clone(), torch.tensor([0, 0, 77, 0, 0, 0], device=x.device)
     backend.step(x, gradients, weights, 0.1, 0.3, seed=1, step=8, faults=faults, grad_clip_norm=clip)
     assert faults.tolist() == [0, 9 << 16 | 3, 77, 9 << 16 | 2, 9 << 16, 0]
     moved = x != before
@@ -172,7 +169,7 @@ def test_faults(name, size, value, clip):
 
 @pytest.mark.parametrize("name", ["reference", *KERNELS])
 def test_nonfinite_values_without_a_fault_record_keep_the_old_value(name):
-    x, gradients, weights = problem((2, 5))
+    x, gradients, weights = problem((2, 5), device=backends.home(name))
     gradients[0, 1, 2] = NAN
     before = x.clone()
     require_backend(name).step(x, gradients, weights, 0.1, 0.3, seed=1, step=0)
@@ -184,8 +181,8 @@ def test_nonfinite_values_without_a_fault_record_keep_the_old_value(name):
 def test_frozen_elements(name, per_chain):
     """They neither move, clamp, fault nor count in the norm; the noise of the others is what it was."""
     backend = require_backend(name)
-    x, gradients, weights = problem((3, 2, 50))
-    mask = torch.zeros((3, 2, 50) if per_chain else (2, 50), dtype=torch.bool)
+    x, gradients, weights = problem((3, 2, 50), device=backends.home(name))
+    mask = torch.zeros((3, 2, 50) if per_chain else (2, 50), dtype=torch.bool, device=x.device)
     mask[..., :10] = True
     x[..., 0] = 5.0
     free, before = x.clone(), x.clone()
@@ -193,7 +190,7 @@ def test_frozen_elements(name, per_chain):
     backend.step(x, gradients, weights, 0.1, 0.3, seed=1, step=0, clamp=(-1, 1), frozen_mask=mask)
     assert torch.equal(x[..., :10], before[..., :10]) and torch.equal(x[..., 10:], free[..., 10:])
     gradients[..., 0] = NAN
-    faults = torch.zeros(3, dtype=torch.int64)
+    faults = torch.zeros(3, dtype=torch.int64, device=x.device)
     backend.step(
         x, gradients, weights, 0.1, 0.3, seed=1, step=1, frozen_mask=mask, faults=faults, grad_clip_norm=1.0
     )

@@ -2,7 +2,7 @@
 
 A chain moves from x to its proposal y with probability min(1, exp(r)), r the log of the ratio of target densities
 times that of proposal densities (Metropolis et al. 1953; Hastings 1970). Every chain decides for itself, with a
-uniform of its own from the stream `rng.ACCEPT`.
+uniform of its own (`reference.metropolis_accept`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from .. import reference, rng
+from .. import reference
 from .langevin import LangevinInfo, LangevinState
 from .schedule import Coefficients, Schedule, values
 
@@ -86,9 +86,9 @@ class MetropolisKernel:
         i = t - self.start
         drift, noise = self.coefficients.drift[i], self.coefficients.noise[i]
         y, there, log_ratio = self.propose(x, here, t, drift, noise, noise * noise / (2 * drift))
-        accept = (faults == 0) & self._inside(y) & (self._uniform(len(x), t).log() < log_ratio)
+        allowed = (faults == 0) & self._inside(y)
+        accept = reference.metropolis_accept(x, y, torch.where(allowed, log_ratio, -torch.inf), step=t, **self.noise_id)
         rows = accept.reshape(-1, *[1] * (x.ndim - 1))
-        x.copy_(torch.where(rows, y, x))
         self._point = Point(torch.where(accept, there.energy, here.energy), torch.where(rows, there.gradient, here.gradient),
                             [torch.where(accept, b, a) for a, b in zip(here.leaf_energies, there.leaf_energies)])
         self.accepted += accept
@@ -138,9 +138,6 @@ class MetropolisKernel:
         if self.frozen_mask is not None:
             inside |= self.frozen_mask
         return inside.flatten(1).all(1)
-
-    def _uniform(self, batch: int, t: int) -> torch.Tensor:
-        return self.backend.uniform((1,), batch, step=t, stream=rng.ACCEPT, device=self.accepted.device, **self.noise_id)[:, 0]
 
 
 def squared_norm(rows: torch.Tensor) -> torch.Tensor:
