@@ -10,6 +10,7 @@ import math
 import pickle
 import signal
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -493,8 +494,13 @@ def test_a_restart_keeps_conditions_masks_and_frozen_elements():
 def test_ctrl_c_is_served_on_the_way_and_resumes():
     """A run of minutes stops soon after the signal; what it leaves goes on as if nothing had happened."""
     expr, sampler = concept(lambda: perceptron(3, 64, 64, 1)), STEP
-    timer = threading.Timer(0.6, lambda: signal.raise_signal(signal.SIGINT))
-    timer.start()
+    def interrupt():
+        while signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # until the run listens
+            time.sleep(0.01)
+        time.sleep(0.1)
+        signal.raise_signal(signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
     with pytest.raises(ef.Interrupted) as stopped:
         ef.sample(expr, n=256, shape=(3,), sampler=sampler, steps=200_000, seed=0)
     done = int(stopped.value.state.step[0])
