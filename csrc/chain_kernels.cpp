@@ -124,7 +124,7 @@ template <int N, Activation a, bool keep> void activate_rows(const Activate& t) 
 #pragma GCC unroll 2
         for (int v = 0; v < N; ++v) {
             float* z = t.z + j * T + v * W;
-            const Slope<V> s = activate<V, a>(V::load(z));
+            const Slope<V> s = activate<V>(a, V::load(z));
             if (keep) V::store(z, s.value);
             if (!keep && t.read_out != nullptr) energy[v] = V::fma(V::set(t.read_out[j]), s.value, energy[v]);
             if (t.slope != nullptr) {

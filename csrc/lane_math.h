@@ -119,7 +119,8 @@ template <class L> EBMFAST_HD Slope<L> gelu_tanh(typename L::F z) {
     return {L::mul(z, phi), L::add(phi, slope)};
 }
 
-template <class L, Activation a> EBMFAST_HD Slope<L> activate(typename L::F z) {
+// A constant `a` leaves one branch.
+template <class L> EBMFAST_HD Slope<L> activate(Activation a, typename L::F z) {
     switch (a) {
         case Activation::silu: return silu<L>(z);
         case Activation::relu: return relu<L>(z);

@@ -197,17 +197,6 @@ private:
         }
     }
 
-    EBMFAST_HD static Slope<G> activation(Activation a, float z) {
-        switch (a) {
-            case Activation::silu: return silu<G>(z);
-            case Activation::relu: return relu<G>(z);
-            case Activation::tanh: return tanh<G>(z);
-            case Activation::softplus: return softplus<G>(z);
-            case Activation::gelu: return gelu<G>(z);
-            default: return gelu_tanh<G>(z);
-        }
-    }
-
     // As the CPU's: slopes hold activation'(z) scale, the last layer's times the read-out, and going back each layer's slopes are
     // multiplied by the transposed weights times those of the next. `partial` holds the energy until then.
     EBMFAST_HD void mlp(const ChainUnit& u, int64_t x, int64_t g, bool gradient) {
@@ -222,7 +211,7 @@ private:
                     const int64_t row = a_.rows.conditions + k.own_rows + o;
                     const float shift = own ? at(row, lane) : k.shift != nullptr ? k.shift[o] : 0.0f;
                     const float scale = !scales ? 1.0f : own ? at(row + k.out, lane) : k.scale[o];
-                    const Slope<G> s = activation(k.activation, scales ? G::fma(p, scale, shift) : G::add(p, shift));
+                    const Slope<G> s = activate<G>(k.activation, scales ? G::fma(p, scale, shift) : G::add(p, shift));
                     float d = last ? G::mul(s.derivative, u.read_out[o]) : s.derivative;
                     if (scales) d = G::mul(d, scale);
                     at(slope + o, lane) = d;

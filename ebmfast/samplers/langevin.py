@@ -137,13 +137,23 @@ class Langevin:
         return LangevinKernel(self, evaluator, backend, coefficients, start, fixed)
 
 
-class LangevinKernel:
+class StepByStep:
+    """Kernels that take one step at a time: `advance` is a loop over `step`."""
+
+    stride = 1  # steps that `advance` is best asked for
+
+    def advance(self, state: LangevinState, until: int) -> LangevinState:
+        """Steps up to, and without, step `until`."""
+        while state.step < until:
+            state, _ = self.step(state)
+        return state
+
+
+class LangevinKernel(StepByStep):
     """Langevin steps of one micro-batch: `init(x) -> state`, `step(state) -> (state, info)`.
 
     `step` updates `state.x` and `state.faults` in place.
     """
-
-    stride = 1  # steps that `advance` is best asked for
 
     def __init__(self, sampler: Langevin, evaluator, backend, coefficients: Coefficients, start: int, fixed: dict):
         self.sampler, self.evaluator, self.backend = sampler, evaluator, backend
@@ -162,12 +172,6 @@ class LangevinKernel:
             grad_clip_norm=self.sampler.grad_clip_norm, **options)
         self._perturb = self.backend.prepare(x, n_gradients=0, **options) if self.sampler.noise_first else None
         return LangevinState(x, self.start if step is None else step, faults)
-
-    def advance(self, state: LangevinState, until: int) -> LangevinState:
-        """Steps up to, and without, step `until`."""
-        while state.step < until:
-            state, _ = self.step(state)
-        return state
 
     def catch_up(self, state: LangevinState, row: int, step: int) -> None:
         """Bring a chain that starts anew at `step` to where the others are: it is there, for each step is looked at."""
@@ -199,7 +203,6 @@ class ChainKernel:
         self.chain, self.conditions = bound.chain, bound.conditions
         self.coefficients, self.start = coefficients, start
         self.seed, self.first_chain, self.frozen_mask = seed, first_chain, frozen_mask
-        self.stride = 1 << 20
 
     def init(self, x: torch.Tensor, step: int | None = None, faults: torch.Tensor | None = None) -> LangevinState:
         """The state of chains `x` `[B, *S]` before step `step`."""

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from .. import reference
-from .langevin import LangevinInfo, LangevinState
+from .langevin import LangevinInfo, LangevinState, StepByStep
 from .schedule import Coefficients, Schedule, values
 
 
@@ -43,14 +43,12 @@ def positive(schedule: Schedule, name: str, steps: int, start: int) -> list[floa
     return found
 
 
-class MetropolisKernel:
+class MetropolisKernel(StepByStep):
     """Steps of one micro-batch: `init(x) -> state`, `step(state) -> (state, info)`; `accepted` `[B]` counts.
 
     `step` updates `state.x` and `state.faults` in place. A chain whose energy or gradient is not finite where it
     stands has a fault; a proposal where they are not is rejected.
     """
-
-    stride = 1
 
     def __init__(self, sampler, evaluator, backend, coefficients: Coefficients, start: int, *, seed: int, first_chain: int,
                  frozen_mask: torch.Tensor | None = None):
@@ -66,12 +64,6 @@ class MetropolisKernel:
         self.accepted = torch.zeros(x.shape[0], device=x.device)
         self._point: Point | None = None
         return LangevinState(x, self.start if step is None else step, faults)
-
-    def advance(self, state: LangevinState, until: int) -> LangevinState:
-        """Steps up to, and without, step `until`."""
-        while state.step < until:
-            state, _ = self.step(state)
-        return state
 
     def catch_up(self, state: LangevinState, row: int, step: int) -> None:
         """A chain was drawn anew: what is known of its point is not true any more."""
