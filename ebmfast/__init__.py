@@ -21,9 +21,10 @@ from .composition import (
     negate,
     with_prior,
 )
+from .driver import StepInfo
 from .expressions import parse
 from .samplers import HMC, MALA, Annealed, Langevin
-from .sampling import Run, StepInfo, prepare, sample
+from .sampling import Run, prepare, sample
 from .state import Fault, Interrupted, NonFiniteError, Report, Result, SampleState, Trace, TraceResult
 from .weights import AboveSigma, PiecewiseSigma
 

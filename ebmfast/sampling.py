@@ -1,38 +1,25 @@
-"""`prepare` and `sample`: the driver that runs a sampler over micro-batches of chains."""
+"""`prepare` and `sample`: arguments are checked and a run is planned; `driver` runs it."""
 
 from __future__ import annotations
 
-import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
 from . import backends, rng
 from .chain import Chain, NotNative
 from .composition import Expression
+from .driver import Call, Chains, Interrupt, by_step
 from .plan import Plan, check_conditions
 from .quick import QuickCall
 from .samplers import SAMPLERS, Annealed, Sampler
-from .state import Fault, Interrupted, NonFiniteError, Report, Result, SampleState, Trace, TraceResult
+from .state import Interrupted, Report, Result, SampleState, Trace
 
-CHECK_EVERY = 16  # steps between two looks at the fault flags; a faulty chain stops at once in the kernel
-BATCH_BYTES = 8 << 20  # default size of a micro-batch's gradients: a share of the last-level cache
 ON_NONFINITE = ("raise", "freeze", "restart")
 ENGINES = ("auto", "step", "chain")
-
-
-class StepInfo(NamedTuple):
-    """What a callback gets after each step; `x` `[B, *S]` is the live state of chains `first_chain` onwards."""
-
-    step: int
-    first_chain: int
-    x: torch.Tensor
-    sigma: float | None
 
 
 def sample(expr: Expression, n: int | None = None, shape=None, sampler: Sampler | None = None,
@@ -123,24 +110,6 @@ def prepare(expr: Expression, sampler: Sampler | None = None, *, shape=None, ste
                energies, on_nonfinite)
 
 
-@dataclass(frozen=True)
-class _Call:
-    """One call's arguments after checking."""
-
-    x: torch.Tensor | None  # where the chains start, or None to draw them
-    n: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-    seed: int
-    first_chain: int
-    base: int
-    target: int
-    step: torch.Tensor
-    faults: torch.Tensor
-    conditions: dict[str, torch.Tensor]
-
-
 class Run:
     """A prepared sampling run; call it as often as you like."""
 
@@ -183,13 +152,13 @@ class Run:
             chain = self._chain(call, backend, held)
             return self._draw(call, backend, chain, init, frozen_mask, trace, callback, progress, resume)
 
-    def _draw(self, call: _Call, backend, chain: Chain | None, init, frozen_mask, trace, callback, progress, resume) -> Result:
+    def _draw(self, call: Call, backend, chain: Chain | None, init, frozen_mask, trace, callback, progress, resume) -> Result:
         initial = self._initial(call, backend, init)
         frozen = _frozen_mask(frozen_mask, call)
         trace = Trace(every=trace) if isinstance(trace, int) else trace
-        chains = _Chains(self, call, backend, chain, initial, frozen, trace, callback)
+        chains = Chains(self, call, backend, chain, initial, frozen, trace, callback)
         started = time.perf_counter()
-        with _Interrupt() as stop:
+        with Interrupt() as stop:
             chains.run(stop, progress)
             if stop.requested:
                 raise Interrupted(chains.state())
@@ -215,7 +184,7 @@ class Run:
         lines.append(f"engine       step, {why}")
         return "\n".join(lines)
 
-    def _check(self, n, seed, steps, conditions, x, first_chain, resume) -> _Call:
+    def _check(self, n, seed, steps, conditions, x, first_chain, resume) -> Call:
         if resume is not None:
             return self._check_resume(n, seed, steps, conditions, x, first_chain, resume)
         conditions = {k: torch.as_tensor(v) for k, v in (conditions or {}).items()}
@@ -236,11 +205,11 @@ class Run:
             raise ValueError(f"`first_chain` must be at most 2^60 - {n}, got {first_chain}")
         steps = self._steps(steps)
         device = _device(device, self.plan)
-        return _Call(x, n, shape, dtype, device, rng.resolve_seed(seed), first_chain, 0, steps,
+        return Call(x, n, shape, dtype, device, rng.resolve_seed(seed), first_chain, 0, steps,
                      torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.int64, device=device),
                      check_conditions(self.plan.expression, conditions, n))
 
-    def _check_resume(self, n, seed, steps, conditions, x, first_chain, state) -> _Call:
+    def _check_resume(self, n, seed, steps, conditions, x, first_chain, state) -> Call:
         if not isinstance(state, SampleState):
             raise TypeError(f"`resume` must be the `state` of a result, got {type(state).__name__}")
         if x is not None or first_chain:
@@ -259,7 +228,7 @@ class Run:
             raise ValueError(
                 f"`resume` is an interrupted run of {target - base} steps: finish it first (the same `steps`, or none)")
         rows = check_conditions(self.plan.expression, conditions or state.conditions, n)
-        return _Call(start, n, tuple(start.shape[1:]), start.dtype, start.device, state.seed, state.first_chain, base,
+        return Call(start, n, tuple(start.shape[1:]), start.dtype, start.device, state.seed, state.first_chain, base,
                      target, state.step.clone(), state.faults.to(start.device).clone(), rows)
 
     def _steps(self, steps: int | None) -> int:
@@ -272,7 +241,7 @@ class Run:
             raise ValueError("`steps`, the number of steps, is needed")
         return _check_int("steps", steps, 0)
 
-    def _backend(self, call: _Call):
+    def _backend(self, call: Call):
         name = self.backend_name
         if call.dtype != torch.float32:
             if name not in ("auto", "reference"):
@@ -280,7 +249,7 @@ class Run:
             name = "reference"
         return backends.resolve(name, call.device)
 
-    def _chain(self, call: _Call, backend, held: ExitStack) -> Chain | None:
+    def _chain(self, call: Call, backend, held: ExitStack) -> Chain | None:
         """The chain engine, its parameters read anew and its lock `held`, or None for the step engine."""
         if self.engine_name == "step":
             return None
@@ -321,7 +290,7 @@ class Run:
         self._chains[shape] = found
         return found
 
-    def _initial(self, call: _Call, backend, init):
+    def _initial(self, call: Call, backend, init):
         """A function (first row, count, step) → starting points of those chains."""
         if init is None:
             init = "normal" if isinstance(self.sampler, Annealed) else "uniform"
@@ -357,221 +326,7 @@ class Run:
             compute_dtype=str(self.plan.compute_dtype or dtype).removeprefix("torch."), seed=seed, first_chain=first_chain,
             chains=chains, steps=steps, micro_batch=batch, seconds=seconds, step_scale=repr(self.plan.expression.step_scale),
             effective_temperature=coefficients.temperature(),
-            versions={"ebmfast": __version__, "torch": torch.__version__}, faults=sorted(faults, key=_by_step))
-
-
-class _Chains:
-    """The chains of one call, and the loop over micro-batches and steps."""
-
-    def __init__(self, run: Run, call: _Call, backend, chain: Chain | None, initial, frozen, trace, callback):
-        self.run_, self.call, self.backend, self.chain, self.frozen = run, call, backend, chain, frozen
-        self.initial, self.trace, self.callback = initial, trace, callback
-        self.batch = run.batch_size or (_default_batch(call, len(run.plan.leaves)) if chain is None else max(1, call.n))
-        self.coefficients = run.sampler.coefficients(run.plan.expression, call.target - call.base, call.base)
-        fresh = call.x is None
-        self.x = torch.empty(call.n, *call.shape, dtype=call.dtype, device=call.device) if fresh else call.x.clone()
-        if fresh:
-            for rows in self._rows():
-                self.x[rows] = initial(rows.start, rows.stop - rows.start, 0)
-        self.step, self.faults = call.step.clone(), call.faults.clone()
-        self.faults_seen: set[Fault] = set()
-        self._kept: dict[int, list] = {}
-        self._accepted: torch.Tensor | None = None
-
-    def acceptance(self) -> torch.Tensor | None:
-        """The share of a chain's proposals that it accepted in this call, `[n]`; None for samplers without."""
-        return self._accepted
-
-    def _rows(self):
-        """Slices of chains that run together: at most a micro-batch, all at the same step."""
-        cuts = [0, *(torch.nonzero(self.call.step.diff()).flatten() + 1).tolist(), self.call.n]
-        for low, high in zip(cuts, cuts[1:]):
-            for first in range(low, high, self.batch):
-                yield slice(first, min(first + self.batch, high))
-
-    def run(self, stop: _Interrupt, progress: bool) -> None:
-        """Take every chain to the target step, unless `stop` is requested."""
-        slices = list(self._rows())
-        total = sum(max(0, self.call.target - int(self.step[s.start])) for s in slices)
-        bar = _bar(total, progress)
-        try:
-            for rows in slices:
-                self._run_slice(rows, stop, bar)
-        finally:
-            if bar is not None:
-                bar.close()
-
-    def _evaluator(self, rows: slice):
-        conditions = {name: c[rows] for name, c in self.call.conditions.items()}
-        if self.chain is not None:
-            return self.chain.bind(conditions)
-        return self.run_.plan.bind(self.x[rows], conditions)
-
-    def _run_slice(self, rows: slice, stop: _Interrupt, bar) -> None:
-        call, first = self.call, int(self.step[rows.start])
-        if first >= call.target:
-            return
-        x, faults, evaluator = self.x[rows], self.faults[rows], self._evaluator(rows)
-        frozen = self.frozen if self.frozen is None or self.frozen.ndim == len(call.shape) else self.frozen[rows]
-        kernel = self.run_.sampler.bind(
-            evaluator, self.backend, self.coefficients, call.base, seed=call.seed,
-            first_chain=call.first_chain + rows.start, frozen_mask=frozen)
-        state = kernel.init(x, first, faults)
-        looked = first
-        while state.step < call.target and not stop.requested:
-            before = state.step
-            state = kernel.advance(state, self._until(before, kernel.stride))
-            if state.step - looked >= (1 if self.run_.on_nonfinite == "restart" else CHECK_EVERY):
-                self._handle_faults(rows, kernel, state)
-                looked = state.step
-            if self.callback is not None or self.trace is not None:
-                self._observe(rows, state.step - 1, evaluator)
-            if bar is not None:
-                bar.update(state.step - before)
-        self.step[rows] = state.step
-        self._handle_faults(rows, kernel, state)
-        if hasattr(kernel, "accepted"):
-            self._accepted = torch.zeros(call.n, device=call.device) if self._accepted is None else self._accepted
-            self._accepted[rows] = kernel.accepted / max(state.step - first, 1)
-
-    def _until(self, step: int, stride: int) -> int:
-        """Where the next call of a kernel ends: after `stride` steps, or where something has to be looked at."""
-        until = min(self.call.target, step + stride)
-        if self.callback is not None:
-            return step + 1
-        if self.trace is not None:
-            until = min(until, step - step % self.trace.every + self.trace.every)
-        return until
-
-    def _observe(self, rows: slice, t: int, evaluator) -> None:
-        sigma = self.coefficients.sigma[t - self.call.base]
-        if self.callback is not None:
-            self.callback(StepInfo(t + 1, self.call.first_chain + rows.start, self.x[rows], sigma))
-            if self.chain is not None and not self.chain.refresh():
-                raise RuntimeError('a callback changed a model so that the chain engine cannot go on; pass engine="step"')
-        if self.trace is None or (t + 1) % self.trace.every:
-            return
-        with torch.no_grad():
-            x = self.x[rows]
-            energy = self.run_.plan.program.evaluate(evaluator.energies(x, sigma), sigma) if self.trace.energy else None
-        self._kept.setdefault(t + 1, []).append((rows.start, energy, x.clone() if self.trace.states else None))
-
-    def _handle_faults(self, rows: slice, kernel, state) -> None:
-        if not self.faults[rows].any():
-            return
-        found = [self._fault(row, int(self.faults[row])) for row in self._faulty(rows)]
-        self.faults_seen.update(found)
-        policy = self.run_.on_nonfinite
-        if policy == "raise":
-            raise NonFiniteError(sorted(found, key=_by_step), "energy gradient or state")
-        if policy == "restart":
-            self._restart(rows, kernel, state)
-
-    def _restart(self, rows: slice, kernel, state) -> None:
-        """Draw faulty chains anew, each at the step after its fault, until none is left."""
-        while faulty := self._faulty(rows):
-            for row in faulty:
-                step = int(self.faults[row]) >> 16
-                self.faults_seen.add(self._fault(row, int(self.faults[row])))
-                drawn = self.initial(row, 1, step)[0]
-                if self.frozen is not None:
-                    held = self.frozen[row] if self.frozen.ndim == self.x.ndim else self.frozen
-                    drawn = torch.where(held, self.x[row], drawn)
-                self.x[row] = drawn
-                self.faults[row] = 0
-                kernel.catch_up(state, row - rows.start, step)
-
-    def _faulty(self, rows: slice) -> list[int]:
-        return (torch.nonzero(self.faults[rows]).flatten() + rows.start).tolist()
-
-    def _fault(self, row: int, code: int) -> Fault:
-        leaf = (code & 0xFFFF) - 1
-        name = self.run_.plan.leaves[leaf].name if leaf >= 0 else None
-        return Fault(self.call.first_chain + row, (code >> 16) - 1, name)
-
-    @torch.no_grad()
-    def final_energies(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Energies of the final states at the last noise level: `[n]` and `[n, K]`."""
-        plan, sigma = self.run_.plan, self._last_sigma()
-        leaves = self.x.new_empty(self.call.n, len(plan.leaves))
-        energy = self.x.new_empty(self.call.n)
-        for rows in self._rows():
-            columns = self._evaluator(rows).energies(self.x[rows], sigma)
-            for k, column in enumerate(columns):
-                leaves[rows, k] = column.to(leaves.dtype)
-            energy[rows] = plan.program.evaluate(columns, sigma).to(energy.dtype) if columns else 0.0
-        self._check_final(leaves)
-        return energy, leaves
-
-    def _last_sigma(self) -> float | None:
-        levels = self.run_.sampler.noise_levels()
-        return levels[-1] if levels else None
-
-    def _check_final(self, leaves: torch.Tensor) -> None:
-        bad = ~torch.isfinite(leaves)
-        if not bad.any():
-            return
-        step = self.call.target
-        found = [Fault(self.call.first_chain + row, step, self.run_.plan.leaves[k].name)
-                 for row, k in torch.nonzero(bad).tolist()]
-        known = {f.chain for f in self.faults_seen}
-        if self.run_.on_nonfinite == "raise":
-            raise NonFiniteError(found, "energy")
-        self.faults_seen.update(f for f in found if f.chain not in known)
-
-    def trace_result(self) -> TraceResult | None:
-        """What was kept, chains side by side; only steps that every chain of the call passed."""
-        if self.trace is None:
-            return None
-        slices = len(list(self._rows()))
-        steps = sorted(t for t, parts in self._kept.items() if len(parts) == slices)
-
-        def stack(which: int):
-            rows = [torch.cat([p[which] for p in sorted(self._kept[t], key=lambda p: p[0])]) for t in steps]
-            return torch.stack(rows) if rows else None
-
-        return TraceResult(torch.tensor(steps, dtype=torch.int64), stack(1) if self.trace.energy else None,
-                           stack(2) if self.trace.states else None)
-
-    def state(self) -> SampleState:
-        """Where every chain stands; its `x` is the result's."""
-        call = self.call
-        return SampleState(self.x, self.step, self.faults, call.seed, call.first_chain, call.base, call.target,
-                           dict(call.conditions))
-
-
-def _by_step(fault: Fault) -> tuple[int, int]:
-    return fault.step, fault.chain
-
-
-class _Interrupt:
-    """Turns the first Ctrl-C into a flag that is read between steps; a second one interrupts at once."""
-
-    def __init__(self):
-        self.requested = False
-        self._previous = None
-
-    def __enter__(self):
-        main = threading.current_thread() is threading.main_thread()
-        if main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            self._previous = signal.signal(signal.SIGINT, self._handle)
-        return self
-
-    def __exit__(self, *_):
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-
-    def _handle(self, *_):
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-
-
-def _bar(total: int, progress: bool):
-    if not progress:
-        return None
-    from tqdm import tqdm
-    return tqdm(total=total, unit="step", desc="sampling")
+            versions={"ebmfast": __version__, "torch": torch.__version__}, faults=sorted(faults, key=by_step))
 
 
 def _check_int(name: str, value, least: int) -> int:
@@ -623,7 +378,7 @@ def _check_x(x, shape, device, name: str = "x", n: int | None = None) -> torch.T
     return x.detach().contiguous()
 
 
-def _frozen_mask(mask, call: _Call) -> torch.Tensor | None:
+def _frozen_mask(mask, call: Call) -> torch.Tensor | None:
     if mask is None:
         return None
     if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
@@ -631,10 +386,3 @@ def _frozen_mask(mask, call: _Call) -> torch.Tensor | None:
     if tuple(mask.shape) not in (call.shape, (call.n, *call.shape)):
         raise ValueError(f"`frozen_mask` must be {list(call.shape)} or {[call.n, *call.shape]}, got {list(mask.shape)}")
     return mask.to(call.device).contiguous()
-
-
-def _default_batch(call: _Call, leaves: int) -> int:
-    size = 4 * max(1, leaves)
-    for s in call.shape:
-        size *= s
-    return max(1, min(call.n, BATCH_BYTES // size))
