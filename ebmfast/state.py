@@ -151,6 +151,7 @@ class Report:
     versions: Mapping[str, str]
     captured: bool = False
     engine: str = "step"
+    models: str = ""
     faults: list[Fault] = field(default_factory=list)
 
     @property
@@ -176,14 +177,16 @@ class Result:
         energy, leaf_energies: `[n]` and `[n, K]`, None with energies=False.
         trace: a `TraceResult`, or None.
         acceptance: `[n]`, the share of proposals that a chain accepted; None for samplers that accept every step.
+        branch: `[n]`, the branch of the OR at the root that a chain drew (branches="draw"), else None.
         state: a `SampleState` that resumes; its x is this one.
         report: a `Report` of what ran.
 
     `state` and `report` may be given as functions; they are made when they are first asked for.
     """
 
-    def __init__(self, x, energy, leaf_energies, trace, state, report, acceptance=None):
+    def __init__(self, x, energy, leaf_energies, trace, state, report, acceptance=None, branch=None):
         self.x, self.energy, self.leaf_energies, self.trace, self.acceptance = x, energy, leaf_energies, trace, acceptance
+        self.branch = branch
         self._state, self._report = state, report
 
     @property

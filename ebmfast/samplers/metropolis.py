@@ -56,6 +56,7 @@ class MetropolisKernel(StepByStep):
         self.coefficients, self.start = coefficients, start
         self.noise_id = {"seed": seed, "first_chain": first_chain}
         self.frozen_mask = frozen_mask
+        evaluator.need_energies()
 
     def init(self, x: torch.Tensor, step: int | None = None, faults: torch.Tensor | None = None) -> LangevinState:
         """The state of chains `x` `[B, *S]` before step `step`."""
@@ -97,7 +98,7 @@ class MetropolisKernel(StepByStep):
     def _target(self, x, t: int, faults: torch.Tensor | None) -> Point:
         gradients, energies = self.evaluator.gradients(x)
         energies = [e.detach().to(x.dtype) for e in energies]
-        energy = self.evaluator.plan.program.evaluate(energies)
+        energy = self.evaluator.total(energies)
         gradient = sum(gradients[1:], gradients[0].clone())
         if self.frozen_mask is not None:
             gradient = gradient.masked_fill(self.frozen_mask, 0.0)
@@ -141,6 +142,7 @@ class Metropolis:
     """What the driver asks of a sampler that accepts or rejects."""
 
     steps = None  # the call decides
+    needs_energies = True
 
     @property
     def clamp(self) -> tuple[float, float] | None:
