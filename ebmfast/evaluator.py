@@ -71,6 +71,7 @@ class Evaluator:
         self._zeros: Tensor | None = None
         self._need_energies = False
         self._all = (True,) * len(plan.leaves)
+        plan.refresh()
         if plan.may_stack and self.batch:
             choose(self, x)
 
@@ -145,7 +146,8 @@ class Evaluator:
         self._need_energies = True
 
     def refresh(self) -> None:
-        """Parameters may have changed: stacks of them are made anew."""
+        """Models may have changed: stacks of parameters are made anew."""
+        self.plan.refresh()
         for p in self.passes:
             if isinstance(p, Stacked):
                 p.load()

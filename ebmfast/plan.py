@@ -53,7 +53,8 @@ class Plan:
         self.schedules = any(isinstance(v, PiecewiseSigma) for v in self.program.values)
         self.may_stack = stack is not False and len({id(g.source.model) for g in self.groups}) > 1
         self.choices: dict[tuple[int, ...], str] = {}  # how models of one architecture run, and why: by leaves
-        self.in_branches: set = set()  # shapes for which nothing is stacked
+        self.in_branches: set = set()  # shapes for which nothing is stacked,
+        self.in_stacks: set = set()  # and those for which something is, and was seen to agree
         self.checked: set[int] = set()  # models whose rows were seen not to be coupled
         self._compiled: dict[int, Compiled] = {}
         if compile and stack is True:
@@ -90,7 +91,14 @@ class Plan:
         """What is called for a model: itself, or compiled."""
         if not self.compile:
             return source.model
-        return self._compiled.setdefault(id(source.model), Compiled(source.model))
+        if id(source.model) not in self._compiled:
+            self._compiled[id(source.model)] = Compiled(source.model)
+        return self._compiled[id(source.model)].function
+
+    def refresh(self) -> None:
+        """Models may have changed since they were compiled."""
+        for compiled in self._compiled.values():
+            compiled.refresh()
 
     def check_sigmas(self, sigmas: Sequence[float] | None) -> None:
         """Raise where a leaf needs a noise level and none is given, or was not trained at one that is."""

@@ -82,18 +82,19 @@ class Compiled:
     """A model under `torch.compile`, which is not touched. Its parameters are read where they are, and ask for no gradient."""
 
     def __init__(self, model):
-        self._model, self._function, self._places = model, None, None
+        self._model, self._places = model, None
+        self.refresh()
 
-    def __call__(self, *args, **kwargs):
-        places = None
-        if isinstance(self._model, nn.Module):
-            places = [(p.data_ptr(), p.shape, p.dtype) for p in self._model.parameters()], architecture(self._model)
-        if self._function is None or places != self._places:
-            model = self._model
+    def refresh(self) -> None:
+        """The model may have changed: what is compiled is kept where its parameters are still in their places."""
+        model, places = self._model, None
+        if isinstance(model, nn.Module):
+            tensors = (*model.named_parameters(), *model.named_buffers())
+            places = architecture(model), [(k, t.data_ptr(), t.stride()) for k, t in tensors]
+        if self._places is None or places != self._places:
             plain = isinstance(model, nn.Module) and not isinstance(model, torch.jit.ScriptModule)
-            self._function = torch.compile(shadow(model) if plain else model)
+            self.function = torch.compile(shadow(model) if plain else model)
             self._places = places
-        return self._function(*args, **kwargs)
 
 
 @dataclass
@@ -148,21 +149,22 @@ def choose(evaluator, x: Tensor) -> None:
     if plan.stack is not True and settled in plan.in_branches:
         return
     for members in candidates(passes):
-        names = " and ".join(type(p.group.source.model).__name__ for p in members[:1])
+        name = type(members[0].group.source.model).__name__
         try:
             stack = Stacked(members)
             faster, why = (True, "as asked") if plan.stack is True else _measured(evaluator, members, stack, x)
+            if faster and settled not in plan.in_stacks and not _agree(evaluator, members, stack, x):
+                raise ValueError("it computes something else")
         except Exception as error:  # whatever vmap cannot map
             if plan.stack is True:
-                raise ValueError(f"`stack_models` is True, but {names} cannot be stacked: {error}") from error
+                raise ValueError(f"`stack_models` is True, but {name} cannot be stacked: {error}") from error
             faster, why = False, f"a stack fails: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
         plan.choices[tuple(k for p in members for ks in p.blocks for k in ks)] = f"{'stacked' if faster else 'branches'}, {why}"
         if faster:
             passes[passes.index(members[0])] = stack
             for p in members[1:]:
                 passes.remove(p)
-    if not any(isinstance(p, Stacked) for p in passes):
-        plan.in_branches.add(settled)
+    (plan.in_stacks if any(isinstance(p, Stacked) for p in passes) else plan.in_branches).add(settled)
 
 
 def candidates(passes: list) -> list[list]:
@@ -181,8 +183,6 @@ def _measured(evaluator, members: list, stack: Stacked, x: Tensor) -> tuple[bool
     with _lock:
         known = _Cache.read().get(key)
     if known is None:
-        if not _agree(evaluator, members, stack, x):
-            return False, "a stack computes something else"
         known = _times(evaluator, members, stack, x)
         with _lock:
             _Cache.add(key, known)
