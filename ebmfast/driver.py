@@ -70,6 +70,7 @@ class Chains:
             self.batch = self._fitting()
         self.step, self.faults = call.step.clone(), call.faults.clone()
         self.faults_seen: set[Fault] = set()
+        self.captured: list[bool] = []  # of every micro-batch that ran
         self._kept: dict[int, list] = {}
         self._accepted: torch.Tensor | None = None
 
@@ -135,18 +136,23 @@ class Chains:
         kernel = self.run_.sampler.bind(
             evaluator, self.backend, self.coefficients, call.base, seed=call.seed,
             first_chain=call.first_chain + rows.start, frozen_mask=frozen)
+        at_once = self.run_.on_nonfinite == "restart"
+        kernel = self.run_.captures.wrap(
+            kernel, self.backend, call.device, watched=self.callback is not None, at_once=at_once)
         state = kernel.init(x, first, faults)
         looked = first
         while state.step < call.target and not stop.requested:
             before = state.step
             state = kernel.advance(state, self._until(before, kernel.stride))
-            if state.step - looked >= (1 if self.run_.on_nonfinite == "restart" else CHECK_EVERY):
-                self._handle_faults(rows, kernel, state)
+            if state.step - looked >= (1 if at_once else CHECK_EVERY):
+                if kernel.suspect(state):
+                    self._handle_faults(rows, kernel, state)
                 looked = state.step
             if self.callback is not None or self.trace is not None:
                 self._observe(rows, state.step - 1, evaluator)
             if bar is not None:
                 bar.update(state.step - before)
+        self.captured.append(getattr(kernel, "captured", False))
         self.step[rows] = state.step
         self._handle_faults(rows, kernel, state)
         if hasattr(kernel, "accepted"):
