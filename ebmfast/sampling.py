@@ -14,6 +14,7 @@ from .branches import Branches, DrawBranches
 from .capture import GRAPHS, Captures
 from .chain import Chain, NotNative
 from .composition import Expression
+from .devices import ManyDevices
 from .driver import Call, Chains, Interrupt, by_step
 from .plan import Plan, check_conditions
 from .quick import QuickCall
@@ -55,6 +56,8 @@ def sample(expr: Expression, n: int | None = None, shape=None, sampler: Sampler 
         batch_size: chains per micro-batch, all of whose steps run before the next starts. The default keeps gradients
             within 8 MiB, and all of a step within half of the memory.
         memory_limit: bytes, or text like "2GB": the micro-batch is the greatest whose step fits, as measured.
+        device: where chains run; several, as ["cuda:0", "cuda:1"], share them in contiguous blocks, each with a copy of the
+            models, and results come to the first.
         compute_dtype: bfloat16 or float16 runs the models under autocast; x stays float32.
         channels_last: models get images in that memory format.
         compile: models run under torch.compile; the modules themselves are not touched.
@@ -102,12 +105,15 @@ def prepare(expr: Expression, sampler: Sampler | None = None, *, shape=None, ste
             compute_dtype: torch.dtype | None = None, channels_last: bool = False, compile: bool = False,
             stack_models: bool | str = "auto", branches: str | DrawBranches | None = None, check: bool = True,
             capture: bool = True, backend: str = "auto", engine: str = "auto", energies: bool = True, on_nonfinite: str = "raise",
-            allow_improper: bool = False) -> Run:
+            allow_improper: bool = False) -> Run | ManyDevices:
     """Check and plan a sampling run once; the result is called with `n`, `seed`, ... as in `sample`.
 
     Model parameters are read at every call, so sampling, an optimizer step, and sampling again equals a fresh
     process. Arguments and errors are those of `sample`.
     """
+    if isinstance(device, (list, tuple)):
+        options = {k: v for k, v in locals().items() if k not in ("expr", "sampler", "device")}
+        return ManyDevices(expr, device, lambda e, one: prepare(e, sampler, device=one, **options))
     stack = False if compile and stack_models == "auto" else stack_models
     ways = {"channels_last": channels_last, "compile": compile, "stack": stack}
     plan = Plan(expr, compute_dtype, **ways)
@@ -149,6 +155,8 @@ def prepare(expr: Expression, sampler: Sampler | None = None, *, shape=None, ste
 class Run:
     """A prepared sampling run; call it as often as you like."""
 
+    interrupt = Interrupt  # what turns Ctrl-C into a flag
+
     def __init__(self, plan, sampler, shape, steps, batch_size, device, backend, engine, energies, on_nonfinite,
                  memory_limit=None, branches: Branches | None = None, check: bool = True, capture: bool = True):
         self.plan, self.sampler, self.shape, self.steps = plan, sampler, shape, steps
@@ -188,6 +196,9 @@ class Run:
 
     def _run(self, n, seed, steps, conditions, x, init, first_chain, frozen_mask, trace, callback, progress, resume):
         call = self._check(n, seed, steps, conditions, x, first_chain, resume)
+        return self._take(call, init, frozen_mask, trace, callback, progress, resume)
+
+    def _take(self, call: Call, init, frozen_mask, trace, callback, progress, resume=None) -> Result:
         backend = self._backend(call)
         with ExitStack() as held:
             chain = self._chain(call, backend, held)
@@ -205,7 +216,7 @@ class Run:
         if self.branches is not None:
             self.branches.check_temperature(*chains.coefficients.temperature())
         started = time.perf_counter()
-        with Interrupt() as stop:
+        with self.interrupt() as stop:
             chains.run(stop, progress)
             if stop.requested:
                 raise Interrupted(chains.state())

@@ -24,6 +24,7 @@ PATIENCE = 0.05  # seconds; what takes longer is timed once
 _PLAIN = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _lock = threading.Lock()
+_measuring = threading.Lock()  # threads of several devices choose alike: the first measures
 
 
 def architecture(model) -> tuple | None:
@@ -180,12 +181,13 @@ def _measured(evaluator, members: list, stack: Stacked, x: Tensor) -> tuple[bool
     if os.environ.get("EBMFAST_MEASURE") == "0":
         return False, "measuring is switched off (EBMFAST_MEASURE=0)"
     key = _key(evaluator, members, x)
-    with _lock:
-        known = _Cache.read().get(key)
-    if known is None:
-        known = _times(evaluator, members, stack, x)
+    with _measuring:
         with _lock:
-            _Cache.add(key, known)
+            known = _Cache.read().get(key)
+        if known is None:
+            known = _times(evaluator, members, stack, x)
+            with _lock:
+                _Cache.add(key, known)
     branches, stacked = known
     return stacked < MARGIN * branches, f"measured {1e3 * stacked:.3g} ms stacked, {1e3 * branches:.3g} ms in branches"
 

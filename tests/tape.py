@@ -52,8 +52,7 @@ class Tapes:
         self.device, self.records, self.replays, self.forks, self.looks = device, 0, 0, 0, 0
 
     def record(self, function, warm_up):
-        for _ in range(3):
-            warm_up()
+        warm_up()
         tape = Tape()
         with mock.patch.object(step, "launch", tape.launch), tape:
             function()

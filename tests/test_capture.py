@@ -16,6 +16,7 @@ from torch import nn
 
 import ebmfast as ef
 from ebmfast import backends, capture
+from ebmfast.samplers import captured
 
 if importlib.util.find_spec("triton") is None and "triton" not in REQUIRED:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -27,30 +28,32 @@ from tape import tapes  # noqa: E402
 A, B = gaussian(0.0, 1.0, "a"), gaussian(2.0, 3.0, "b")
 LANGEVIN = ef.Langevin(step_size=0.1)
 NOISED = ef.Family(NoisedGaussian(), "g")
-LEVELS = ef.Annealed.geometric(2.0, 0.1, 4, steps_per_level=3)
+LEVELS = ef.Annealed.geometric(2.0, 0.1, 3, steps_per_level=3)
 
 
 @pytest.fixture
-def graphs():
+def graphs(monkeypatch):
+    monkeypatch.setattr(captured, "UNROLLED", 4)
+    monkeypatch.setattr(captured, "STRIDE", 8)
     with tapes() as made:
         yield made
 
 
-def prepare(e, sampler=LANGEVIN, shape=(3,), steps=11, **options):
+def prepare(e, sampler=LANGEVIN, shape=(3,), steps=6, **options):
     steps = None if isinstance(sampler, ef.Annealed) else steps
     options = {"backend": "triton", "check": False} | options
     return ef.prepare(e, sampler, shape=shape, steps=steps, **options)
 
 
-def both(e, sampler=LANGEVIN, calls=({"n": 5, "seed": 1},), captured=True, **options):
+def both(e, sampler=LANGEVIN, calls=({"n": 5, "seed": 1},), expected=True, **options):
     """Results of the calls, captured, after they were seen to equal those that are not."""
     run, plain = prepare(e, sampler, **options), prepare(e, sampler, capture=False, **options)
     found = []
     for call in calls:
-        got, expected = run(**call), plain(**call)
-        assert got.report.captured == captured and not expected.report.captured, got.report.uncaptured
-        assert same_bits(got.x, expected.x) and torch.equal(got.state.step, expected.state.step)
-        assert torch.equal(got.state.faults, expected.state.faults)
+        got, want = run(**call), plain(**call)
+        assert got.report.captured == expected and not want.report.captured, got.report.uncaptured
+        assert same_bits(got.x, want.x) and torch.equal(got.state.step, want.state.step)
+        assert torch.equal(got.state.faults, want.state.faults)
         found.append(got)
     return found, run
 
@@ -59,7 +62,7 @@ def both(e, sampler=LANGEVIN, calls=({"n": 5, "seed": 1},), captured=True, **opt
     LANGEVIN, ef.Langevin(drift=0.1, noise=0.2, noise_first=True, clamp=(-1, 1)),
     ef.Langevin(step_size=0.1, grad_clip_value=0.5), ef.Langevin(step_size=0.1, grad_clip_norm=0.5),
     ef.Langevin(step_size=lambda t: 0.1 / (1 + t), temperature=0.5),
-    ef.Langevin(drift=0.1, noise=[0.1 * (i % 3) for i in range(11)]),
+    ef.Langevin(drift=0.1, noise=[0.1 * (i % 3) for i in range(6)]),
 ], ids=repr)  # fmt: skip
 def test_samplers(graphs, sampler):
     both(A & B, sampler)
@@ -70,7 +73,7 @@ def test_samplers(graphs, sampler):
 def test_compositions(graphs, e):
     """A program with an OR has weights that depend on energies: they are recomputed in the graph."""
     (r,), run = both(e)
-    assert len(graphs) == 1 and graphs[0].replays == 4, "8 steps and three times one"
+    assert len(graphs) == 1 and graphs[0].replays == 3, "4 steps and twice one"
     assert "captured     yes" in run.explain() and r.report.uncaptured is None
     assert (graphs[0].forks > 0) == (len(e.leaves) > 1), "different models run side by side"
 
@@ -89,11 +92,11 @@ def test_batches_and_tails(graphs):
 
 
 def test_any_number_of_steps(graphs):
-    whole = prepare(A, steps=34)(5, seed=1)
-    for steps in (0, 1, 9, 33):
-        ((got,), _) = both(A, steps=steps, captured=steps > 0)
+    whole = prepare(A, steps=10)(5, seed=1)
+    for steps in (0, 1, 5, 9):
+        ((got,), _) = both(A, steps=steps, expected=steps > 0)
         if steps:
-            rest = prepare(A, steps=34 - steps)(resume=got.state)
+            rest = prepare(A, steps=10 - steps)(resume=got.state)
             assert rest.report.captured and same_bits(rest.x, whole.x)
 
 
@@ -106,7 +109,7 @@ def test_noise_levels_are_read_from_device_memory(graphs, e, inner):
     _, run = both(e, sampler, calls=[{"n": 4, "seed": 1}, {"n": 4, "seed": 2}], shape=(1,))
     kinds = {(signature, count) for r in run.captures._kept.values() for signature, count in r._replays}
     assert len({signature for signature, _ in kinds}) == 1 + e.program.live(0.1).count(False), "weights that change are apart"
-    assert run.captures.recorded == 1
+    assert len(run.captures._kept) == 1
 
 
 def test_a_weight_that_changes_with_the_level_with_conditions(graphs):
@@ -126,7 +129,7 @@ def test_conditions(graphs, model):
     same = torch.randn(5, 3)
     rows = [{"a": torch.randn(5, 3), "b": torch.randn(5, 3)} for _ in range(2)] + [{"a": same, "b": same.clone()}]
     calls = [{"conditions": c, "seed": 1} for c in (*rows, rows[0])]
-    (one, two, *_), run = both(e, calls=calls, batch_size=2, captured=not counting)
+    (one, two, *_), run = both(e, calls=calls, batch_size=2, expected=not counting)
     assert not torch.equal(one.x, two.x)
     if counting:
         assert "a model changes itself while it runs" in run.explain()
@@ -248,8 +251,8 @@ def test_compute_dtype(graphs, dtype):
 
 
 def test_traces_and_callbacks(graphs):
-    (r,), _ = both(A & B, calls=[{"n": 5, "seed": 1, "trace": ef.Trace(3, states=True)}])
-    expected = prepare(A & B, capture=False)(5, seed=1, trace=ef.Trace(3, states=True))
+    (r,), _ = both(A & B, calls=[{"n": 5, "seed": 1, "trace": ef.Trace(2, states=True)}])
+    expected = prepare(A & B, capture=False)(5, seed=1, trace=ef.Trace(2, states=True))
     assert torch.equal(r.trace.steps, expected.trace.steps) and same_bits(r.trace.x, expected.trace.x)
     assert same_bits(r.trace.energy, expected.trace.energy)
     seen = {}
@@ -266,14 +269,14 @@ def test_a_callback_may_change_states_and_models(graphs):
         nn.init.constant_(net.weight, 0.5)
 
         def change(info, net=net):
-            if info.step == 4:
+            if info.step == 2:
                 info.x.mul_(2.0)
-            if info.step == 8:
+            if info.step == 5:
                 net.weight.data = net.weight.data * 3
-            if info.step == 10:
+            if info.step == 6:
                 net.weight.data.mul_(3)
 
-        r = prepare(ef.Concept(net, reduce="sum") & A, capture=on)(5, seed=1, callback=change)
+        r = prepare(ef.Concept(net, reduce="sum") & A, steps=7, capture=on)(5, seed=1, callback=change)
         assert r.report.captured == on
         found.append(r.x)
     assert same_bits(*found)
@@ -283,7 +286,7 @@ class Cliff(nn.Module):
     """Not finite beyond an edge."""
 
     def forward(self, x):
-        return torch.where(x.abs() > 1.5, x * torch.nan, 0.5 * x.square()).sum(1)
+        return 0.5 * x.square().sum(1) / (x.abs() <= 1.5).all(1).to(x.dtype)
 
 
 def test_faults(graphs):
@@ -292,17 +295,18 @@ def test_faults(graphs):
         options = {"on_nonfinite": policy, "steps": 40, "energies": False}
         r, expected = (prepare(e, sampler, capture=c, **options)(9, seed=1) for c in (True, False))
         assert r.report.captured and same_bits(r.x, expected.x) and torch.equal(r.state.faults, expected.state.faults)
-        assert r.report.faults == expected.report.faults and len(r.report.faults) > 1
+        assert r.report.faults == expected.report.faults and 1 < len(r.report.faults)
+        assert len({f.step for f in r.report.faults}) > 1
     with pytest.raises(ef.NonFiniteError, match="from the concept cliff") as caught:
-        prepare(e, sampler, steps=80)(9, seed=1)
+        prepare(e, sampler, steps=40)(9, seed=1)
     with pytest.raises(ef.NonFiniteError) as plain:
-        prepare(e, sampler, steps=80, capture=False)(9, seed=1)
+        prepare(e, sampler, steps=40, capture=False)(9, seed=1)
     assert {f.chain: f for f in plain.value.faults}.items() <= {f.chain: f for f in caught.value.faults}.items()
 
 
 def test_faults_are_looked_at_one_period_late(graphs):
-    prepare(A, steps=4 * 32)(5, seed=1)
-    assert graphs[0].looks == 4, "not one look at the states themselves"
+    prepare(A, steps=48)(5, seed=1)
+    assert graphs[0].looks == 3, "not one look at the states themselves"
 
 
 # what is not captured
@@ -321,7 +325,7 @@ class Waits(nn.Module):
     (lambda x: x.square().sum(1) * (1 + 0 * torch.rand(1, generator=torch.Generator())), "a generator of its own"),
 ])  # fmt: skip
 def test_what_cannot_be_captured_runs_as_it_is(graphs, model, reason):
-    (r, _), run = both(ef.Concept(model, name="m") & A, captured=False, calls=[{"n": 5, "seed": 1}] * 2)
+    (r, _), run = both(ef.Concept(model, name="m") & A, expected=False, calls=[{"n": 5, "seed": 1}] * 2)
     assert reason in r.report.uncaptured and reason in run.explain() and run.captures.recorded == 0
 
 
