@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -41,6 +42,7 @@ class Call:
     step: torch.Tensor
     faults: torch.Tensor
     conditions: dict[str, torch.Tensor]
+    extra: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 class Chains:
@@ -58,12 +60,27 @@ class Chains:
                 self.x[rows] = initial(rows.start, rows.stop - rows.start, 0)
         self.step, self.faults = call.step.clone(), call.faults.clone()
         self.faults_seen: set[Fault] = set()
+        self.carried = self._carry()
         self._kept: dict[int, list] = {}
         self._accepted: torch.Tensor | None = None
 
     def acceptance(self) -> torch.Tensor | None:
         """The share of a chain's proposals that it accepted in this call, `[n]`; None for samplers without."""
         return self._accepted
+
+    def _carry(self) -> dict[str, torch.Tensor]:
+        """What the sampler carries from step to step beside x: that of the state resumed, else as for chains that begin."""
+        names, given, parts = self.run_.sampler.carried, self.call.extra, []
+        if not names or all(name in given for name in names):
+            return {name: given[name].clone() for name in names}
+        for rows in self._rows():
+            parts.append(self.run_.sampler.carry(
+                self.x[rows], self.backend, step=int(self.step[rows.start]), seed=self.call.seed,
+                first_chain=self.call.first_chain + rows.start, frozen_mask=self._frozen_rows(rows)))
+        return {name: torch.cat([part[name] for part in parts]) for name in names} if parts else {}
+
+    def _frozen_rows(self, rows: slice) -> torch.Tensor | None:
+        return self.frozen if self.frozen is None or self.frozen.ndim == len(self.call.shape) else self.frozen[rows]
 
     def _rows(self):
         """Slices of chains that run together: at most a micro-batch, all at the same step."""
@@ -95,11 +112,10 @@ class Chains:
         if first >= call.target:
             return
         x, faults, evaluator = self.x[rows], self.faults[rows], self._evaluator(rows)
-        frozen = self.frozen if self.frozen is None or self.frozen.ndim == len(call.shape) else self.frozen[rows]
         kernel = self.run_.sampler.bind(
             evaluator, self.backend, self.coefficients, call.base, seed=call.seed,
-            first_chain=call.first_chain + rows.start, frozen_mask=frozen)
-        state = kernel.init(x, first, faults)
+            first_chain=call.first_chain + rows.start, frozen_mask=self._frozen_rows(rows))
+        state = kernel.init(x, first, faults, {name: values[rows] for name, values in self.carried.items()})
         looked = first
         while state.step < call.target and not stop.requested:
             before = state.step
@@ -113,9 +129,10 @@ class Chains:
                 bar.update(state.step - before)
         self.step[rows] = state.step
         self._handle_faults(rows, kernel, state)
-        if hasattr(kernel, "accepted"):
+        accepted = kernel.acceptance()
+        if accepted is not None:
             self._accepted = torch.zeros(call.n, device=call.device) if self._accepted is None else self._accepted
-            self._accepted[rows] = kernel.accepted / max(state.step - first, 1)
+            self._accepted[rows] = accepted
 
     def _until(self, step: int, stride: int) -> int:
         """Where the next call of a kernel ends: after `stride` steps, or where something has to be looked at."""
@@ -220,7 +237,7 @@ class Chains:
         """Where every chain stands; its `x` is the result's."""
         call = self.call
         return SampleState(self.x, self.step, self.faults, call.seed, call.first_chain, call.base, call.target,
-                           dict(call.conditions))
+                           dict(call.conditions), self.carried)
 
 
 def by_step(fault: Fault) -> tuple[int, int]:

@@ -38,7 +38,7 @@ def sample(expr: Expression, n: int | None = None, shape=None, sampler: Sampler 
         expr: a `Concept` or a composition of them.
         n: chains; taken from `x`, `resume` or `conditions` where those are given.
         shape: shape S of one chain; taken from `x` or `resume` where given.
-        sampler: `Langevin(...)`, `Annealed(...)`, `MALA(...)` or `HMC(...)`.
+        sampler: `Langevin(...)`, `Annealed(...)`, `MALA(...)`, `HMC(...)` or `BAOAB(...)`.
         steps: steps to take, 0 or more (`Annealed` has its own number).
         seed: an integer in [0, 2^64), a torch.Generator, or None for one from torch's generator (see `report.seed`).
         conditions: `{slot: [n, C]}`, one row per chain.
@@ -89,7 +89,7 @@ def prepare(expr: Expression, sampler: Sampler | None = None, *, shape=None, ste
     """
     plan = Plan(expr, compute_dtype)
     if not isinstance(sampler, SAMPLERS):
-        raise TypeError(f"`sampler` must be Langevin(...), Annealed(...), MALA(...) or HMC(...), got {sampler!r}")
+        raise TypeError(f"`sampler` must be one of {', '.join(f'{s.__name__}(...)' for s in SAMPLERS)}, got {sampler!r}")
     levels = sampler.noise_levels()
     plan.check_sigmas(levels)
     if not allow_improper and sampler.clamp is None:
@@ -229,7 +229,8 @@ class Run:
                 f"`resume` is an interrupted run of {target - base} steps: finish it first (the same `steps`, or none)")
         rows = check_conditions(self.plan.expression, conditions or state.conditions, n)
         return Call(start, n, tuple(start.shape[1:]), start.dtype, start.device, state.seed, state.first_chain, base,
-                     target, state.step.clone(), state.faults.to(start.device).clone(), rows)
+                     target, state.step.clone(), state.faults.to(start.device).clone(), rows,
+                     {name: values.to(start.device) for name, values in state.extra.items()})
 
     def _steps(self, steps: int | None) -> int:
         if self.sampler.steps is not None:
@@ -255,7 +256,7 @@ class Run:
             return None
         found: Chain | NotNative
         if self.sampler.native_options() is None:
-            found = NotNative(f"{type(self.sampler).__name__} accepts and rejects, which the step engine does")
+            found = NotNative(f"{self.sampler!r} takes its steps in the step engine")
         elif backend.name != "cpu":
             found = NotNative(f"it belongs to backend 'cpu', this run is on {backend.name!r}")
         else:

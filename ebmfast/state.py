@@ -79,7 +79,8 @@ class SampleState:
     """Everything that a later call needs to continue these chains bit for bit.
 
     x `[n, *S]`; step `[n]`, the step each chain takes next; faults `[n]`, 0 where a chain runs; the seed and
-    the first chain's id, which fix the noise; `base` and `target`, first and last step of the call it is from.
+    the first chain's id, which fix the noise; `base` and `target`, first and last step of the call it is from; `extra`,
+    what else the sampler carries from step to step, `[n, ...]` each: momenta, what a warm-up has learnt.
     """
 
     x: torch.Tensor
@@ -90,6 +91,7 @@ class SampleState:
     base: int = 0
     target: int = 0
     conditions: dict[str, torch.Tensor] = field(default_factory=dict)
+    extra: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def finished(self) -> bool:
@@ -100,7 +102,8 @@ class SampleState:
         """Write the state as safetensors, to a temporary file first, then in place of `path`."""
         path = Path(path)
         tensors = {"x": self.x, "step": self.step, "faults": self.faults}
-        tensors |= {f"conditions.{name}": rows for name, rows in self.conditions.items()}
+        for group in ("conditions", "extra"):
+            tensors |= {f"{group}.{name}": rows for name, rows in getattr(self, group).items()}
         numbers = {k: getattr(self, k) for k in ("seed", "first_chain", "base", "target")}
         metadata = {"format": FORMAT, "state": json.dumps(numbers)}
         partial = path.with_name(path.name + ".tmp")
@@ -123,9 +126,9 @@ class SampleState:
             raise ValueError(f"{path} is not a saved state: {error}") from None
         if metadata.get("format") != FORMAT:
             raise ValueError(f"{path} is not a saved state: its format is {metadata.get('format')!r}, not {FORMAT!r}")
-        prefix = "conditions."
-        conditions = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        return cls(tensors["x"], tensors["step"], tensors["faults"], conditions=conditions,
+        conditions, extra = ({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+                             for prefix in ("conditions.", "extra."))
+        return cls(tensors["x"], tensors["step"], tensors["faults"], conditions=conditions, extra=extra,
                    **json.loads(metadata["state"]))
 
 

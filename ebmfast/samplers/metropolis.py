@@ -13,8 +13,11 @@ from typing import NamedTuple
 import torch
 
 from .. import reference
+from .base import Dynamics
 from .langevin import LangevinInfo, LangevinState, StepByStep
-from .schedule import Coefficients, Schedule, values
+from .schedule import Coefficients, positive
+
+Coefficient = float | torch.Tensor  # one for all chains, or one per chain, `[B, 1, ...]`
 
 
 class Point(NamedTuple):
@@ -23,6 +26,14 @@ class Point(NamedTuple):
     energy: torch.Tensor
     gradient: torch.Tensor
     leaf_energies: list[torch.Tensor]
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All of them."""
+        return [self.energy, self.gradient, *self.leaf_energies]
+
+    def copy(self) -> Point:
+        """The same in memory of its own."""
+        return Point(self.energy.clone(), self.gradient.clone(), [e.clone() for e in self.leaf_energies])
 
 
 def check_bounds(bounds) -> tuple[float, float] | None:
@@ -35,16 +46,8 @@ def check_bounds(bounds) -> tuple[float, float] | None:
     return low, high
 
 
-def positive(schedule: Schedule, name: str, steps: int, start: int) -> list[float]:
-    """A schedule whose values are all positive."""
-    found = values(schedule, name, steps, start)
-    if any(v == 0 for v in found):
-        raise ValueError(f"`{name}` must be positive at every step: proposals need noise")
-    return found
-
-
 class MetropolisKernel(StepByStep):
-    """Steps of one micro-batch: `init(x) -> state`, `step(state) -> (state, info)`; `accepted` `[B]` counts.
+    """Steps of one micro-batch: `init(x) -> state`, `step(state) -> (state, info)`.
 
     `step` updates `state.x` and `state.faults` in place. A chain whose energy or gradient is not finite where it
     stands has a fault; a proposal where they are not is rejected.
@@ -57,13 +60,19 @@ class MetropolisKernel(StepByStep):
         self.noise_id = {"seed": seed, "first_chain": first_chain}
         self.frozen_mask = frozen_mask
 
-    def init(self, x: torch.Tensor, step: int | None = None, faults: torch.Tensor | None = None) -> LangevinState:
+    def init(self, x: torch.Tensor, step: int | None = None, faults: torch.Tensor | None = None,
+             carried=None) -> LangevinState:
         """The state of chains `x` `[B, *S]` before step `step`."""
         if faults is None:
             faults = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
-        self.accepted = torch.zeros(x.shape[0], device=x.device)
+        self._accepted, self._proposed = torch.zeros(x.shape[0], device=x.device), 0
         self._point: Point | None = None
-        return LangevinState(x, self.start if step is None else step, faults)
+        self._sigma: float | None = None
+        return LangevinState(x, self.start if step is None else step, faults, carried or {})
+
+    def acceptance(self) -> torch.Tensor:
+        """The share of proposals that each chain accepted since `init`, `[B]`."""
+        return self._accepted / max(self._proposed, 1)
 
     def catch_up(self, state: LangevinState, row: int, step: int) -> None:
         """A chain was drawn anew: what is known of its point is not true any more."""
@@ -71,34 +80,36 @@ class MetropolisKernel(StepByStep):
 
     def step(self, state: LangevinState) -> tuple[LangevinState, LangevinInfo]:
         """One proposal and one decision for every chain that has no fault."""
-        x, t, faults = state
-        if self._point is None:
-            self._point = self._target(x, t, faults)
-        here = self._point
+        x, t, faults, carried = state
         i = t - self.start
-        drift, noise = self.coefficients.drift[i], self.coefficients.noise[i]
+        drift, noise, sigma = self.coefficients.drift[i], self.coefficients.noise[i], self.coefficients.sigma[i]
+        if self._point is None or sigma != self._sigma:
+            self._sigma = sigma
+            self._point = self._target(x, t, faults).copy()
+        here = self._point
         y, there, log_ratio = self.propose(x, here, t, drift, noise, noise * noise / (2 * drift))
-        allowed = (faults == 0) & self._inside(y)
-        accept = reference.metropolis_accept(x, y, torch.where(allowed, log_ratio, -torch.inf), step=t, **self.noise_id)
-        rows = accept.reshape(-1, *[1] * (x.ndim - 1))
-        self._point = Point(torch.where(accept, there.energy, here.energy), torch.where(rows, there.gradient, here.gradient),
-                            [torch.where(accept, b, a) for a, b in zip(here.leaf_energies, there.leaf_energies)])
-        self.accepted += accept
-        return LangevinState(x, t + 1, faults), LangevinInfo(self._point.leaf_energies)
+        if self.sampler.bounds is not None:
+            log_ratio = torch.where(self._inside(y), log_ratio, -torch.inf)
+        self._accepted += self.backend.accept(
+            [x, *here.tensors()], [y, *there.tensors()], log_ratio, faults, step=t, **self.noise_id)
+        self._proposed += 1
+        return LangevinState(x, t + 1, faults, carried), LangevinInfo(here.leaf_energies)
 
-    def propose(self, x, here: Point, t: int, drift: float, noise: float, temperature: float):
-        """`(y, target at y, log ratio [B])`."""
+    def propose(self, x, here: Point, t: int, drift: Coefficient, noise: Coefficient, temperature: float):
+        """`(y, target at y, log ratio [B])`; `y` may be anything where the log ratio is NaN."""
         raise NotImplementedError
 
     def target(self, x: torch.Tensor) -> Point:
-        """The target at `x`."""
+        """The target at `x`, at the noise level of the step that is being taken."""
         return self._target(x, 0, None)
 
     def _target(self, x, t: int, faults: torch.Tensor | None) -> Point:
-        gradients, energies = self.evaluator.gradients(x)
-        energies = [e.detach().to(x.dtype) for e in energies]
-        energy = self.evaluator.plan.program.evaluate(energies)
-        gradient = sum(gradients[1:], gradients[0].clone())
+        gradients, energies = self.evaluator.gradients(x, self._sigma)
+        energies = [e.detach() if e.dtype is x.dtype else e.detach().to(x.dtype) for e in energies]
+        energy = self.evaluator.plan.program.evaluate(energies, self._sigma)
+        gradient = gradients[0]
+        for k in range(1, len(gradients)):
+            gradient = gradient + gradients[k]
         if self.frozen_mask is not None:
             gradient = gradient.masked_fill(self.frozen_mask, 0.0)
         if faults is not None:
@@ -123,8 +134,6 @@ class MetropolisKernel(StepByStep):
         faults.copy_(torch.where(bad, (t + 1 << 16) + culprit, faults))
 
     def _inside(self, y: torch.Tensor) -> torch.Tensor:
-        if self.sampler.bounds is None:
-            return torch.ones(len(y), dtype=torch.bool, device=y.device)
         low, high = self.sampler.bounds
         inside = (y >= low) & (y <= high)
         if self.frozen_mask is not None:
@@ -137,30 +146,18 @@ def squared_norm(rows: torch.Tensor) -> torch.Tensor:
     return rows.flatten(1).square().sum(1)
 
 
-class Metropolis:
-    """What the driver asks of a sampler that accepts or rejects."""
+def plus(x: torch.Tensor, a: Coefficient, y: torch.Tensor) -> torch.Tensor:
+    """x + a y."""
+    return torch.addcmul(x, y, a) if isinstance(a, torch.Tensor) else torch.add(x, y, alpha=a)
 
-    steps = None  # the call decides
+
+class Metropolis(Dynamics):
+    """What the driver asks of a sampler that accepts or rejects."""
 
     @property
     def clamp(self) -> tuple[float, float] | None:
         """The bounds of the domain, where there are any: chains start and stay there."""
         return self.bounds
-
-    def noise_levels(self) -> None:
-        """Noise levels at which energies are taken: none."""
-
-    def initial_scale(self) -> float:
-        """Standard deviation of `init="normal"`."""
-        return 1.0
-
-    def native_options(self) -> None:
-        """Nothing: the chain engine does not accept and reject."""
-
-    @property
-    def fixed_schedule(self) -> bool:
-        """Whether the coefficients of a step are the same in every call."""
-        return not (callable(self.step_size) or callable(self.temperature))
 
     def scales(self, steps: int, start: int) -> tuple[list[float], list[float]]:
         """Step sizes and temperatures of steps `start` to `start + steps - 1`."""
