@@ -23,7 +23,7 @@ from .composition import (
 )
 from .driver import StepInfo
 from .expressions import parse
-from .samplers import BAOAB, HMC, MALA, Annealed, Langevin
+from .samplers import BAOAB, HMC, MALA, Annealed, DualAveraging, Langevin
 from .sampling import Run, prepare, sample
 from .state import Fault, Interrupted, NonFiniteError, Report, Result, SampleState, Trace, TraceResult
 from .weights import AboveSigma, PiecewiseSigma
@@ -31,8 +31,8 @@ from .weights import AboveSigma, PiecewiseSigma
 __version__ = "0.1.0"
 
 __all__ = [
-    "BAOAB", "HMC", "MALA", "AboveSigma", "Annealed", "Concept", "Expression", "Family", "Fault", "Interrupted", "Langevin",
-    "NonFiniteError", "PiecewiseSigma", "Report", "Result", "Run", "SampleState", "Slot", "StepInfo", "Trace",
-    "TraceResult", "UngroundedNegationError", "all_of", "any_of", "energies", "from_json", "negate", "ops", "parse", "prepare",
-    "sample", "with_prior", "zoo",
+    "BAOAB", "HMC", "MALA", "AboveSigma", "Annealed", "Concept", "DualAveraging", "Expression", "Family", "Fault",
+    "Interrupted", "Langevin", "NonFiniteError", "PiecewiseSigma", "Report", "Result", "Run", "SampleState", "Slot",
+    "StepInfo", "Trace", "TraceResult", "UngroundedNegationError", "all_of", "any_of", "energies", "from_json", "negate",
+    "ops", "parse", "prepare", "sample", "with_prior", "zoo",
 ]

@@ -68,6 +68,10 @@ class Chains:
         """The share of a chain's proposals that it accepted in this call, `[n]`; None for samplers without."""
         return self._accepted
 
+    def step_size(self) -> torch.Tensor | None:
+        """Step sizes that chains adapted, `[n]`; None where they did not."""
+        return self.run_.sampler.step_sizes(self.carried, self.coefficients) if self.coefficients.drift else None
+
     def _carry(self) -> dict[str, torch.Tensor]:
         """What the sampler carries from step to step beside x: that of the state resumed, else as for chains that begin."""
         names, given, parts = self.run_.sampler.carried, self.call.extra, []

@@ -63,7 +63,7 @@ def sample(expr: Expression, n: int | None = None, shape=None, sampler: Sampler 
         allow_improper: sample a composition that is not grounded.
 
     Returns:
-        `Result` with x `[n, *S]`, energy `[n]`, leaf_energies `[n, K]`, trace, acceptance `[n]`, state, report.
+        `Result` with x `[n, *S]`, energy `[n]`, leaf_energies `[n, K]`, trace, acceptance `[n]`, step_size `[n]`, state, report.
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message names it.
@@ -169,7 +169,8 @@ class Run:
             batch=chains.batch, seconds=time.perf_counter() - started, coefficients=chains.coefficients, faults=chains.faults_seen)
         if resume is None and QuickCall.fits(self, chain):
             self._quick[call.target] = QuickCall(self, chain, call.shape, call.target)
-        return Result(chains.x, energy, leaf_energies, chains.trace_result(), chains.state(), report, chains.acceptance())
+        return Result(chains.x, energy, leaf_energies, chains.trace_result(), chains.state(), report, chains.acceptance(),
+                      chains.step_size())
 
     def explain(self) -> str:
         """The plan, the sampler, and the backend and engine that would run on this machine."""

@@ -178,15 +178,18 @@ class Result:
         x: final states `[n, *S]`.
         energy, leaf_energies: `[n]` and `[n, K]`, None with energies=False.
         trace: a `TraceResult`, or None.
-        acceptance: `[n]`, the share of proposals that a chain accepted; None for samplers that accept every step.
+        acceptance: `[n]`, the share of proposals that a chain accepted, after its warm-up where it had one; None for samplers
+            that accept every step.
+        step_size: `[n]`, the step sizes that chains adapted in a warm-up, as of the last step; None where they did not.
         state: a `SampleState` that resumes; its x is this one.
         report: a `Report` of what ran.
 
     `state` and `report` may be given as functions; they are made when they are first asked for.
     """
 
-    def __init__(self, x, energy, leaf_energies, trace, state, report, acceptance=None):
-        self.x, self.energy, self.leaf_energies, self.trace, self.acceptance = x, energy, leaf_energies, trace, acceptance
+    def __init__(self, x, energy, leaf_energies, trace, state, report, acceptance=None, step_size=None):
+        self.x, self.energy, self.leaf_energies, self.trace = x, energy, leaf_energies, trace
+        self.acceptance, self.step_size = acceptance, step_size
         self._state, self._report = state, report
 
     @property

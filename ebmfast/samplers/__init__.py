@@ -5,8 +5,9 @@ from .baoab import BAOAB
 from .hmc import HMC
 from .langevin import Langevin
 from .mala import MALA
+from .warmup import DualAveraging
 
 SAMPLERS = (Annealed, BAOAB, HMC, Langevin, MALA)
 Sampler = Annealed | BAOAB | HMC | Langevin | MALA
 
-__all__ = ["BAOAB", "HMC", "MALA", "SAMPLERS", "Annealed", "Langevin", "Sampler"]
+__all__ = ["BAOAB", "HMC", "MALA", "SAMPLERS", "Annealed", "DualAveraging", "Langevin", "Sampler"]

@@ -71,6 +71,8 @@ class Annealed(Dynamics):
         inner = self.inner() if isinstance(self.inner, type) else self.inner
         if inner.step_size is not None or getattr(inner, "drift", None) is not None:
             raise ValueError("`inner` must not have step sizes: Annealed sets them at every level")
+        if getattr(inner, "warmup", None) is not None:
+            raise ValueError("`inner` must not have a warm-up: Annealed sets step sizes, and its levels have no time to adapt them")
         heat = inner.temperature
         if not isinstance(heat, (int, float)):
             raise ValueError(f"`temperature` inside Annealed must be a number, got {heat!r}")

@@ -34,6 +34,10 @@ class Dynamics:
         """The `carried` tensors, `[B, ...]` each, of chains `x` `[B, *S]` that begin before step `step`."""
         return {}
 
+    def step_sizes(self, carried, coefficients) -> torch.Tensor | None:
+        """Step sizes that chains adapted, `[n]`; None where they did not."""
+        return None
+
 
 def check_mass(mass) -> None:
     """Raise unless `mass` is a positive number or a tensor of them."""

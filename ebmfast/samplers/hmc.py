@@ -8,6 +8,7 @@ Sources: Duane et al., Physics Letters B 1987; Neal, Handbook of Markov Chain Mo
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -16,6 +17,7 @@ from .. import rng
 from .base import check_mass, mass_like
 from .metropolis import Metropolis, MetropolisKernel, check_bounds, coefficients, plus
 from .schedule import Coefficients, Schedule
+from .warmup import DualAveraging
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class HMC(Metropolis):
         mass: m, a positive number or a tensor that broadcasts to one chain's shape S.
         temperature: T, positive: as `step_size`.
         bounds: `(low, high)` for every element: trajectories that end outside are rejected.
+        warmup: `DualAveraging(steps)`: each chain scales ε to the acceptance it is to have, then keeps it; see `r.step_size`.
 
     Raises:
         ValueError: L below 1, a mass that is not positive, a bound that is not one; at the call, a step size or
@@ -43,6 +46,9 @@ class HMC(Metropolis):
     mass: float | torch.Tensor = field(default=1.0, hash=False, compare=False)
     temperature: Schedule = 1.0
     bounds: tuple[float, float] | None = None
+    warmup: DualAveraging | None = None
+
+    best_acceptance = 0.8
 
     def __post_init__(self):
         object.__setattr__(self, "bounds", check_bounds(self.bounds))
@@ -54,6 +60,11 @@ class HMC(Metropolis):
         """Drift ε²/2 and noise ε√T: those of Langevin dynamics that one leapfrog step of mass 1 amounts to."""
         sizes, heat = self.scales(steps, start)
         return coefficients([s * s for s in sizes], heat)
+
+    def step_sizes(self, carried, coefficients: Coefficients) -> torch.Tensor | None:
+        """ε of the last step, as the warm-up left it, `[n]`."""
+        scale = self.step_scale(carried)
+        return None if scale is None else math.sqrt(2 * coefficients.drift[-1]) * scale
 
     def bind(self, evaluator, backend, coefficients: Coefficients, start: int, **fixed) -> HMCKernel:
         """`init` and `advance` on one micro-batch; `fixed`: seed, first_chain, frozen_mask."""

@@ -13,6 +13,7 @@ import torch
 
 from .metropolis import Metropolis, MetropolisKernel, check_bounds, coefficients, plus, squared_norm
 from .schedule import Coefficients, Schedule
+from .warmup import DualAveraging
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class MALA(Metropolis):
         grad_clip_value: elementwise bound on the composed gradient; applied before the norm's.
         grad_clip_norm: bound on the L2 norm of the composed gradient, per chain. The proposal's density is that of the
             clipped drift, so the law stays exact.
+        warmup: `DualAveraging(steps)`: each chain scales λ to the acceptance it is to have, then keeps it; see `r.step_size`.
 
     Raises:
         ValueError: a bound that is not one; at the call, a step size or temperature of 0.
@@ -37,6 +39,9 @@ class MALA(Metropolis):
     bounds: tuple[float, float] | None = None
     grad_clip_norm: float | None = None
     grad_clip_value: float | None = None
+    warmup: DualAveraging | None = None
+
+    best_acceptance = 0.574
 
     def __post_init__(self):
         object.__setattr__(self, "bounds", check_bounds(self.bounds))
@@ -48,6 +53,11 @@ class MALA(Metropolis):
     def coefficients(self, expression, steps: int, start: int = 0) -> Coefficients:
         """Drift and noise of steps `start` to `start + steps - 1`."""
         return coefficients(*self.scales(steps, start))
+
+    def step_sizes(self, carried, coefficients: Coefficients) -> torch.Tensor | None:
+        """λ of the last step, as the warm-up left it, `[n]`."""
+        scale = self.step_scale(carried)
+        return None if scale is None else 2 * coefficients.drift[-1] * scale.square()
 
     def bind(self, evaluator, backend, coefficients: Coefficients, start: int, **fixed) -> MALAKernel:
         """`init` and `advance` on one micro-batch; `fixed`: seed, first_chain, frozen_mask."""

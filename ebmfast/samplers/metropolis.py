@@ -68,15 +68,26 @@ class MetropolisKernel(StepByStep):
         self._accepted, self._proposed = torch.zeros(x.shape[0], device=x.device), 0
         self._point: Point | None = None
         self._sigma: float | None = None
-        return LangevinState(x, self.start if step is None else step, faults, carried or {})
+        step = self.start if step is None else step
+        if not carried:
+            carried = self.sampler.carry(x, self.backend, step=step, **self.noise_id)
+        self._dtype, self._ndim = x.dtype, x.ndim - 1
+        self._scale: torch.Tensor | None = None  # [B, 1, ...]: factors on the step sizes
+        self._warming = 0
+        if self.sampler.warmup is not None:
+            self._rescale(carried)
+        return LangevinState(x, step, faults, carried)
 
     def acceptance(self) -> torch.Tensor:
-        """The share of proposals that each chain accepted since `init`, `[B]`."""
+        """The share of proposals that each chain accepted since `init`, or since the warm-up ended, `[B]`."""
         return self._accepted / max(self._proposed, 1)
 
     def catch_up(self, state: LangevinState, row: int, step: int) -> None:
         """A chain was drawn anew: what is known of its point is not true any more."""
         self._point = None
+        if self.sampler.warmup is not None:
+            state.carried["warmup"][row] = 0.0
+            self._rescale(state.carried)
 
     def step(self, state: LangevinState) -> tuple[LangevinState, LangevinInfo]:
         """One proposal and one decision for every chain that has no fault."""
@@ -87,13 +98,33 @@ class MetropolisKernel(StepByStep):
             self._sigma = sigma
             self._point = self._target(x, t, faults).copy()
         here = self._point
-        y, there, log_ratio = self.propose(x, here, t, drift, noise, noise * noise / (2 * drift))
+        temperature = noise * noise / (2 * drift)
+        if self._scale is not None:
+            drift, noise = drift * self._scale.square(), noise * self._scale
+        y, there, log_ratio = self.propose(x, here, t, drift, noise, temperature)
         if self.sampler.bounds is not None:
             log_ratio = torch.where(self._inside(y), log_ratio, -torch.inf)
         self._accepted += self.backend.accept(
             [x, *here.tensors()], [y, *there.tensors()], log_ratio, faults, step=t, **self.noise_id)
         self._proposed += 1
+        if self._warming:
+            self._adapt(carried, log_ratio)
         return LangevinState(x, t + 1, faults, carried), LangevinInfo(here.leaf_energies)
+
+    def _rescale(self, carried) -> None:
+        """Step sizes as the warm-up has them now."""
+        self._warming = max(0, self.sampler.warmup.left(carried["warmup"]))
+        scale = self.sampler.warmup.scale(carried["warmup"])
+        self._scale = scale.to(self._dtype).reshape(-1, *[1] * self._ndim)
+
+    def _adapt(self, carried, log_ratio: torch.Tensor) -> None:
+        warmup, state = self.sampler.warmup, carried["warmup"]
+        warmup.update(state, log_ratio.float(), warmup.target or self.sampler.best_acceptance)
+        self._scale = warmup.scale(state).to(self._dtype).reshape(self._scale.shape)
+        self._warming -= 1
+        if not self._warming:
+            self._accepted.zero_()
+            self._proposed = 0
 
     def propose(self, x, here: Point, t: int, drift: Coefficient, noise: Coefficient, temperature: float):
         """`(y, target at y, log ratio [B])`; `y` may be anything where the log ratio is NaN."""
@@ -154,10 +185,25 @@ def plus(x: torch.Tensor, a: Coefficient, y: torch.Tensor) -> torch.Tensor:
 class Metropolis(Dynamics):
     """What the driver asks of a sampler that accepts or rejects."""
 
+    best_acceptance: float  # what a warm-up aims at unless told
+
+    @property
+    def carried(self) -> tuple[str, ...]:
+        """What a warm-up has learnt, where there is one."""
+        return () if self.warmup is None else ("warmup",)
+
+    def carry(self, x, backend, **where):
+        """The state of a warm-up that has not begun."""
+        return {} if self.warmup is None else {"warmup": self.warmup.begin(len(x), x.device)}
+
     @property
     def clamp(self) -> tuple[float, float] | None:
         """The bounds of the domain, where there are any: chains start and stay there."""
         return self.bounds
+
+    def step_scale(self, carried) -> torch.Tensor | None:
+        """What the warm-up multiplies the step size by, `[n]`."""
+        return None if self.warmup is None or "warmup" not in carried else self.warmup.scale(carried["warmup"])
 
     def scales(self, steps: int, start: int) -> tuple[list[float], list[float]]:
         """Step sizes and temperatures of steps `start` to `start + steps - 1`."""
