@@ -25,14 +25,14 @@ from .driver import StepInfo
 from .expressions import parse
 from .samplers import BAOAB, HMC, MALA, Annealed, DualAveraging, Langevin
 from .sampling import Run, prepare, sample
-from .state import Fault, Interrupted, NonFiniteError, Report, Result, SampleState, Trace, TraceResult
+from .state import Fault, Interrupted, NonFiniteError, Report, Result, RunawayError, SampleState, Trace, TraceResult
 from .weights import AboveSigma, PiecewiseSigma
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BAOAB", "HMC", "MALA", "AboveSigma", "Annealed", "Concept", "DualAveraging", "Expression", "Family", "Fault",
-    "Interrupted", "Langevin", "NonFiniteError", "PiecewiseSigma", "Report", "Result", "Run", "SampleState", "Slot",
+    "Interrupted", "Langevin", "NonFiniteError", "PiecewiseSigma", "Report", "Result", "Run", "RunawayError", "SampleState", "Slot",
     "StepInfo", "Trace", "TraceResult", "UngroundedNegationError", "all_of", "any_of", "energies", "from_json", "negate",
     "ops", "parse", "prepare", "sample", "with_prior", "zoo",
 ]

@@ -11,7 +11,9 @@ from typing import NamedTuple
 import torch
 
 from .chain import Chain
-from .state import Fault, NonFiniteError, SampleState, TraceResult
+from .guard import RAN_AWAY, Guard
+from .samplers.langevin import StepByStep
+from .state import Fault, NonFiniteError, RunawayError, SampleState, TraceResult
 
 CHECK_EVERY = 16  # steps between two looks at the fault flags; a faulty chain stops at once in the kernel
 BATCH_BYTES = 8 << 20  # default size of a micro-batch's gradients: a share of the last-level cache
@@ -120,19 +122,23 @@ class Chains:
             evaluator, self.backend, self.coefficients, call.base, seed=call.seed,
             first_chain=call.first_chain + rows.start, frozen_mask=self._frozen_rows(rows))
         state = kernel.init(x, first, faults, {name: values[rows] for name, values in self.carried.items()})
+        plan, watched = self.run_.plan, isinstance(kernel, StepByStep) and call.target - first > CHECK_EVERY
+        guard = Guard(plan.program, self.coefficients, plan.data_range, x, first) if watched else None
         looked = first
         while state.step < call.target and not stop.requested:
             before = state.step
             state = kernel.advance(state, self._until(before, kernel.stride))
             if state.step - looked >= (1 if self.run_.on_nonfinite == "restart" else CHECK_EVERY):
-                self._handle_faults(rows, kernel, state)
+                if guard is not None and state.step >= guard.due:
+                    guard.look(state, kernel.info.leaf_energies, self._sigma_of(state.step - 1))
+                self._handle_faults(rows, kernel, state, guard)
                 looked = state.step
             if self.callback is not None or self.trace is not None:
                 self._observe(rows, state.step - 1, evaluator)
             if bar is not None:
                 bar.update(state.step - before)
         self.step[rows] = state.step
-        self._handle_faults(rows, kernel, state)
+        self._handle_faults(rows, kernel, state, guard)
         accepted = kernel.acceptance()
         if accepted is not None:
             self._accepted = torch.zeros(call.n, device=call.device) if self._accepted is None else self._accepted
@@ -148,7 +154,7 @@ class Chains:
         return until
 
     def _observe(self, rows: slice, t: int, evaluator) -> None:
-        sigma = self.coefficients.sigma[t - self.call.base]
+        sigma = self._sigma_of(t)
         if self.callback is not None:
             self.callback(StepInfo(t + 1, self.call.first_chain + rows.start, self.x[rows], sigma))
             if self.chain is not None and not self.chain.refresh():
@@ -160,18 +166,22 @@ class Chains:
             energy = self.run_.plan.program.evaluate(evaluator.energies(x, sigma), sigma) if self.trace.energy else None
         self._kept.setdefault(t + 1, []).append((rows.start, energy, x.clone() if self.trace.states else None))
 
-    def _handle_faults(self, rows: slice, kernel, state) -> None:
+    def _sigma_of(self, step: int) -> float | None:
+        return self.coefficients.sigma[step - self.call.base]
+
+    def _handle_faults(self, rows: slice, kernel, state, guard: Guard | None) -> None:
         if not self.faults[rows].any():
             return
         found = [self._fault(row, int(self.faults[row])) for row in self._faulty(rows)]
         self.faults_seen.update(found)
         policy = self.run_.on_nonfinite
         if policy == "raise":
-            raise NonFiniteError(sorted(found, key=by_step), "energy gradient or state")
+            error = RunawayError if any(f.reason == "ran away" for f in found) else NonFiniteError
+            raise error(sorted(found, key=by_step), "energy gradient or state")
         if policy == "restart":
-            self._restart(rows, kernel, state)
+            self._restart(rows, kernel, state, guard)
 
-    def _restart(self, rows: slice, kernel, state) -> None:
+    def _restart(self, rows: slice, kernel, state, guard: Guard | None) -> None:
         """Draw faulty chains anew, each at the step after its fault, until none is left."""
         while faulty := self._faulty(rows):
             for row in faulty:
@@ -184,11 +194,15 @@ class Chains:
                 self.x[row] = drawn
                 self.faults[row] = 0
                 kernel.catch_up(state, row - rows.start, step)
+                if guard is not None:
+                    guard.begin_anew(row - rows.start)
 
     def _faulty(self, rows: slice) -> list[int]:
         return (torch.nonzero(self.faults[rows]).flatten() + rows.start).tolist()
 
     def _fault(self, row: int, code: int) -> Fault:
+        if code & 0xFFFF == RAN_AWAY:
+            return Fault(self.call.first_chain + row, (code >> 16) - 1, None, "ran away")
         leaf = (code & 0xFFFF) - 1
         name = self.run_.plan.leaves[leaf].name if leaf >= 0 else None
         return Fault(self.call.first_chain + row, (code >> 16) - 1, name)

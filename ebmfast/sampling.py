@@ -68,7 +68,8 @@ def sample(expr: Expression, n: int | None = None, shape=None, sampler: Sampler 
     Raises:
         ValueError, TypeError: an argument is wrong; the message names it.
         UngroundedNegationError: the composition has no normalisable density.
-        NonFiniteError: an energy or state stopped being finite, and on_nonfinite is "raise".
+        NonFiniteError: an energy or state stopped being finite, and on_nonfinite is "raise"; RunawayError, one of them:
+            energies fall without end (`ebmfast.guard` says when that is seen).
         Interrupted: Ctrl-C; its `state` resumes.
     """
     run = prepare(expr, sampler, shape=shape, steps=steps, batch_size=batch_size, device=device,

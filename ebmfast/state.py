@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +17,15 @@ FORMAT = "ebmfast-state-1"
 
 
 class Fault(NamedTuple):
-    """A chain whose energy or state stopped being finite: its id, the step, the leaf to blame (or None)."""
+    """A chain that was stopped: its id, the step, the leaf to blame (or None), and why.
+
+    `reason` is "non-finite", of an energy or a state, or "ran away": its energy fell without end (`ebmfast.guard`).
+    """
 
     chain: int
     step: int
     leaf: str | None
+    reason: str = "non-finite"
 
 
 class NonFiniteError(ArithmeticError):
@@ -35,6 +40,20 @@ class NonFiniteError(ArithmeticError):
         super().__init__(
             f"non-finite {what} in {len(faults)} chain(s) [{shown}], first at step {self.step}, from {blame}."
             ' Take smaller steps or clip gradients, or pass on_nonfinite="freeze" or "restart"')
+
+
+class RunawayError(NonFiniteError):
+    """Chains ran away: their energy falls without end. `faults` lists all that were stopped."""
+
+    def __init__(self, faults: list[Fault], what: str = ""):
+        super().__init__(faults, what)
+        ran = [f for f in faults if f.reason == "ran away"]
+        shown = ", ".join(str(f.chain) for f in ran[:8]) + (", ..." if len(ran) > 8 else "")
+        self.args = (
+            f"{len(ran)} chain(s) [{shown}] ran away, first seen at step {ran[0].step}: the energy falls without end, ever more"
+            " steeply, so the composition has no normalisable density there. Ground the negation (a smaller `alpha`, or a"
+            " positive concept that outweighs it far out), or bound the domain: `bounds=(low, high)` with MALA and HMC,"
+            ' `clamp=(low, high)` with Langevin; or pass on_nonfinite="freeze" or "restart"',)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -164,7 +183,8 @@ class Report:
     def __str__(self):
         low, high = self.effective_temperature
         heat = f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
-        faults = f", {len(self.faults)} non-finite" if self.faults else ""
+        reasons = Counter(f.reason for f in self.faults)
+        faults = "".join(f", {count} {reason}" for reason, count in sorted(reasons.items()))
         where = f"{self.backend} ({self.engine} engine, {self.device})"
         return (f"{self.chains} chains x {self.steps} steps on {where} in {self.seconds:.2f} s,"
                 f" {self.steps_per_second:,.0f} chain steps/s, micro-batch {self.micro_batch}, seed {self.seed},"

@@ -54,6 +54,14 @@ def test_noise_comes_from_the_streams_of_the_contract():
     torch.testing.assert_close(r.x, h / 2 * (before + after) / mass)
 
 
+@pytest.mark.parametrize("sampler", [ef.BAOAB(0.3), ef.MALA(0.3), ef.HMC(0.3, 2, warmup=ef.DualAveraging(9))],
+                         ids=lambda s: type(s).__name__)
+def test_chains_of_numbers(sampler):
+    """S may have no dimension."""
+    r = ef.sample(ef.Concept(lambda x: x.square() / 2), n=5, shape=(), sampler=sampler, steps=40, seed=0)
+    assert r.x.shape == (5,) and r.x.isfinite().all()
+
+
 def test_one_gradient_per_step():
     model = ConditionalQuadratic()
     draw(ef.Concept(model), ef.BAOAB(0.3), n=3, steps=20, shape=(2,))

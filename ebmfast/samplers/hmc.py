@@ -94,4 +94,4 @@ class HMCKernel(MetropolisKernel):
         return y, there, (here.energy - there.energy).add_(before).sub_(self._kinetic(p)).div_(temperature)
 
     def _kinetic(self, p: torch.Tensor) -> torch.Tensor:
-        return (p.square() / (2 * self._mass)).flatten(1).sum(1)
+        return (p.square() / (2 * self._mass)).reshape(len(p), -1).sum(1)

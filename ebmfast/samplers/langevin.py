@@ -140,10 +140,12 @@ class Kernel:
 class StepByStep(Kernel):
     """Kernels that take one step at a time: `advance` is a loop over `step`."""
 
+    info: LangevinInfo | None = None  # of the last step
+
     def advance(self, state: LangevinState, until: int) -> LangevinState:
         """Steps up to, and without, step `until`."""
         while state.step < until:
-            state, _ = self.step(state)
+            state, self.info = self.step(state)
         return state
 
 

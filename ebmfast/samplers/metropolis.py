@@ -153,13 +153,13 @@ class MetropolisKernel(StepByStep):
 
     def _record(self, faults, t: int, gradients, energies, energy, gradient) -> None:
         """Stop chains whose target is not finite, and blame the first leaf whose energy or gradient is not."""
-        bad = ~(torch.isfinite(energy) & torch.isfinite(gradient).flatten(1).all(1)) & (faults == 0)
+        bad = ~(torch.isfinite(energy) & torch.isfinite(gradient).reshape(len(gradient), -1).all(1)) & (faults == 0)
         if not bad.any():
             return
         moves = torch.ones_like(gradient, dtype=torch.bool)
         if self.frozen_mask is not None:
             moves &= ~self.frozen_mask
-        culprit = reference.blame([g.flatten(1) for g in gradients], moves.flatten(1))
+        culprit = reference.blame([g.reshape(len(g), -1) for g in gradients], moves.reshape(len(moves), -1))
         for k in reversed(range(len(energies))):
             culprit[~torch.isfinite(energies[k])] = k + 1
         faults.copy_(torch.where(bad, (t + 1 << 16) + culprit, faults))
@@ -169,12 +169,12 @@ class MetropolisKernel(StepByStep):
         inside = (y >= low) & (y <= high)
         if self.frozen_mask is not None:
             inside |= self.frozen_mask
-        return inside.flatten(1).all(1)
+        return inside.reshape(len(y), -1).all(1)
 
 
 def squared_norm(rows: torch.Tensor) -> torch.Tensor:
     """|row|² of every chain, `[B]`."""
-    return rows.flatten(1).square().sum(1)
+    return rows.reshape(len(rows), -1).square().sum(1)
 
 
 def plus(x: torch.Tensor, a: Coefficient, y: torch.Tensor) -> torch.Tensor:
