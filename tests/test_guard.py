@@ -33,7 +33,7 @@ def test_an_improper_negation_is_caught(name, size):
 def test_the_policies_and_the_report():
     r = draw(IMPROPER, SAMPLERS["mala"], 600, on_nonfinite="freeze")
     assert {f.reason for f in r.report.faults} == {"ran away"} and f"{len(r.report.faults)} ran away" in str(r.report)
-    assert len(r.report.faults) > 50 and r.x.isfinite().all() and r.x.abs().max() < 1e6
+    assert len(r.report.faults) > 40 and r.x.isfinite().all() and r.x.abs().max() < 1e6
     anew = draw(IMPROPER, SAMPLERS["mala"], 200, on_nonfinite="restart")
     assert anew.x.abs().max() < 1e3
     part = draw(IMPROPER, SAMPLERS["mala"], 200, n=9, first_chain=20, on_nonfinite="restart")
