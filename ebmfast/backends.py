@@ -169,6 +169,31 @@ class Backend(abc.ABC):
         )
         plan(gradients, weights, drift, noise, step)
 
+    def accept(
+        self,
+        current: Sequence[torch.Tensor],
+        proposed: Sequence[torch.Tensor],
+        log_ratio: torch.Tensor,
+        faults: torch.Tensor,
+        *,
+        seed: int,
+        step: int,
+        first_chain: int,
+    ) -> torch.Tensor:
+        """Rows of ``current`` become those of ``proposed`` in chains that accept; returns which did, bool ``[B]``.
+
+        Tensors are ``[B, ...]``, the states first, those of ``current`` contiguous; ``log_ratio`` ``[B]``; chains with a
+        fault (int64 ``[B]``, not 0) never accept. `ebmfast.reference.metropolis_accept` states the decision.
+        """
+        log_ratio = torch.where(faults == 0, log_ratio, -math.inf)
+        accepted = self._accept(current[0], proposed[0], log_ratio, seed=seed, step=step, first_chain=first_chain)
+        for old, new in zip(current[1:], proposed[1:]):
+            old.copy_(torch.where(accepted.view(-1, *[1] * (old.ndim - 1)), new, old))
+        return accepted
+
+    def _accept(self, x, proposal, log_ratio, **noise_id) -> torch.Tensor:
+        return reference.metropolis_accept(x, proposal, log_ratio, **noise_id)
+
     def normal(
         self,
         shape: Sequence[int],
@@ -343,6 +368,13 @@ class TritonBackend(Backend):
 
     def _plan(self, x, **options) -> Plan:
         return _TritonPlan(x, **options)
+
+    def _accept(self, x, proposal, log_ratio, **noise_id) -> torch.Tensor:
+        from ebmfast.kernels.accept import accept
+
+        accepted = torch.empty(len(x), dtype=torch.bool, device=x.device)
+        accept(x, proposal.contiguous(), log_ratio.float().contiguous(), accepted, **noise_id)
+        return accepted
 
     def _fill(self, out, **options) -> None:
         from ebmfast.kernels.fill import fill

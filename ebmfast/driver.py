@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import signal
 import threading
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,9 @@ import torch
 from . import memory
 from .chain import Chain
 from .coupling import check_rows
-from .state import Fault, NonFiniteError, SampleState, TraceResult
+from .guard import RAN_AWAY, Guard
+from .samplers.langevin import StepByStep
+from .state import Fault, NonFiniteError, RunawayError, SampleState, TraceResult
 
 CHECK_EVERY = 16  # steps between two looks at the fault flags; a faulty chain stops at once in the kernel
 BATCH_BYTES = 8 << 20  # default size of a micro-batch's gradients: a share of the last-level cache
@@ -45,6 +48,7 @@ class Call:
     step: torch.Tensor
     faults: torch.Tensor
     conditions: dict[str, torch.Tensor]
+    extra: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def x_bytes(self) -> int:
@@ -70,12 +74,31 @@ class Chains:
             self.batch = self._fitting()
         self.step, self.faults = call.step.clone(), call.faults.clone()
         self.faults_seen: set[Fault] = set()
+        self.carried = self._carry()
         self._kept: dict[int, list] = {}
         self._accepted: torch.Tensor | None = None
 
     def acceptance(self) -> torch.Tensor | None:
         """The share of a chain's proposals that it accepted in this call, `[n]`; None for samplers without."""
         return self._accepted
+
+    def step_size(self) -> torch.Tensor | None:
+        """Step sizes that chains adapted, `[n]`; None where they did not."""
+        return self.run_.sampler.step_sizes(self.carried, self.coefficients) if self.coefficients.drift else None
+
+    def _carry(self) -> dict[str, torch.Tensor]:
+        """What the sampler carries from step to step beside x: that of the state resumed, else as for chains that begin."""
+        names, given, parts = self.run_.sampler.carried, self.call.extra, []
+        if not names or all(name in given for name in names):
+            return {name: given[name].clone() for name in names}
+        for rows in self._rows():
+            parts.append(self.run_.sampler.carry(
+                self.x[rows], self.backend, step=int(self.step[rows.start]), seed=self.call.seed,
+                first_chain=self.call.first_chain + rows.start, frozen_mask=self._frozen_rows(rows)))
+        return {name: torch.cat([part[name] for part in parts]) for name in names} if parts else {}
+
+    def _frozen_rows(self, rows: slice) -> torch.Tensor | None:
+        return self.frozen if self.frozen is None or self.frozen.ndim == len(self.call.shape) else self.frozen[rows]
 
     def _rows(self):
         """Slices of chains that run together: at most a micro-batch, all at the same step."""
@@ -130,28 +153,32 @@ class Chains:
             return
         x, faults, evaluator = self.x[rows], self.faults[rows], self._evaluator(rows)
         if self.run_.check and self.chain is None:
-            check_rows(evaluator, x, self.coefficients.sigma[first - call.base])
-        frozen = self.frozen if self.frozen is None or self.frozen.ndim == len(call.shape) else self.frozen[rows]
+            check_rows(evaluator, x, self._sigma_of(first))
         kernel = self.run_.sampler.bind(
             evaluator, self.backend, self.coefficients, call.base, seed=call.seed,
-            first_chain=call.first_chain + rows.start, frozen_mask=frozen)
-        state = kernel.init(x, first, faults)
+            first_chain=call.first_chain + rows.start, frozen_mask=self._frozen_rows(rows))
+        state = kernel.init(x, first, faults, {name: values[rows] for name, values in self.carried.items()})
+        plan, watched = self.run_.plan, isinstance(kernel, StepByStep) and call.target - first > CHECK_EVERY
+        guard = Guard(evaluator.total, self.coefficients, plan.data_range, x, first) if watched else None
         looked = first
         while state.step < call.target and not stop.requested:
             before = state.step
             state = kernel.advance(state, self._until(before, kernel.stride))
             if state.step - looked >= (1 if self.run_.on_nonfinite == "restart" else CHECK_EVERY):
-                self._handle_faults(rows, kernel, state)
+                if guard is not None and state.step >= guard.due:
+                    guard.look(state, kernel.info.leaf_energies, self._sigma_of(state.step - 1))
+                self._handle_faults(rows, kernel, state, guard)
                 looked = state.step
             if self.callback is not None or self.trace is not None:
                 self._observe(rows, state.step - 1, evaluator)
             if bar is not None:
                 bar.update(state.step - before)
         self.step[rows] = state.step
-        self._handle_faults(rows, kernel, state)
-        if hasattr(kernel, "accepted"):
+        self._handle_faults(rows, kernel, state, guard)
+        accepted = kernel.acceptance()
+        if accepted is not None:
             self._accepted = torch.zeros(call.n, device=call.device) if self._accepted is None else self._accepted
-            self._accepted[rows] = kernel.accepted / max(state.step - first, 1)
+            self._accepted[rows] = accepted
 
     def _until(self, step: int, stride: int) -> int:
         """Where the next call of a kernel ends: after `stride` steps, or where something has to be looked at."""
@@ -163,7 +190,7 @@ class Chains:
         return until
 
     def _observe(self, rows: slice, t: int, evaluator) -> None:
-        sigma = self.coefficients.sigma[t - self.call.base]
+        sigma = self._sigma_of(t)
         if self.callback is not None:
             self.callback(StepInfo(t + 1, self.call.first_chain + rows.start, self.x[rows], sigma))
             evaluator.refresh()
@@ -174,18 +201,22 @@ class Chains:
             energy = evaluator.total(evaluator.energies(x, sigma), sigma) if self.trace.energy else None
         self._kept.setdefault(t + 1, []).append((rows.start, energy, x.clone() if self.trace.states else None))
 
-    def _handle_faults(self, rows: slice, kernel, state) -> None:
+    def _sigma_of(self, step: int) -> float | None:
+        return self.coefficients.sigma[step - self.call.base]
+
+    def _handle_faults(self, rows: slice, kernel, state, guard: Guard | None) -> None:
         if not self.faults[rows].any():
             return
         found = [self._fault(row, int(self.faults[row])) for row in self._faulty(rows)]
         self.faults_seen.update(found)
         policy = self.run_.on_nonfinite
         if policy == "raise":
-            raise NonFiniteError(sorted(found, key=by_step), "energy gradient or state")
+            error = RunawayError if any(f.reason == "ran away" for f in found) else NonFiniteError
+            raise error(sorted(found, key=by_step), "energy gradient or state")
         if policy == "restart":
-            self._restart(rows, kernel, state)
+            self._restart(rows, kernel, state, guard)
 
-    def _restart(self, rows: slice, kernel, state) -> None:
+    def _restart(self, rows: slice, kernel, state, guard: Guard | None) -> None:
         """Draw faulty chains anew, each at the step after its fault, until none is left."""
         while faulty := self._faulty(rows):
             for row in faulty:
@@ -198,11 +229,15 @@ class Chains:
                 self.x[row] = drawn
                 self.faults[row] = 0
                 kernel.catch_up(state, row - rows.start, step)
+                if guard is not None:
+                    guard.begin_anew(row - rows.start)
 
     def _faulty(self, rows: slice) -> list[int]:
         return (torch.nonzero(self.faults[rows]).flatten() + rows.start).tolist()
 
     def _fault(self, row: int, code: int) -> Fault:
+        if code & 0xFFFF == RAN_AWAY:
+            return Fault(self.call.first_chain + row, (code >> 16) - 1, None, "ran away")
         leaf, name = (code & 0xFFFF) - 1, None
         if leaf >= 0 and self.branch is not None:
             name = repr(self.run_.branches.expressions[int(self.branch[row])])
@@ -258,7 +293,7 @@ class Chains:
         """Where every chain stands; its `x` is the result's."""
         call = self.call
         return SampleState(self.x, self.step, self.faults, call.seed, call.first_chain, call.base, call.target,
-                           dict(call.conditions))
+                           dict(call.conditions), self.carried)
 
 
 def by_step(fault: Fault) -> tuple[int, int]:
