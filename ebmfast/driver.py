@@ -75,6 +75,7 @@ class Chains:
         self.step, self.faults = call.step.clone(), call.faults.clone()
         self.faults_seen: set[Fault] = set()
         self.carried = self._carry()
+        self.captured: list[bool] = []  # of every micro-batch that ran
         self._kept: dict[int, list] = {}
         self._accepted: torch.Tensor | None = None
 
@@ -157,6 +158,9 @@ class Chains:
         kernel = self.run_.sampler.bind(
             evaluator, self.backend, self.coefficients, call.base, seed=call.seed,
             first_chain=call.first_chain + rows.start, frozen_mask=self._frozen_rows(rows))
+        at_once = self.run_.on_nonfinite == "restart"
+        kernel = self.run_.captures.wrap(
+            kernel, self.backend, call.device, watched=self.callback is not None, at_once=at_once)
         state = kernel.init(x, first, faults, {name: values[rows] for name, values in self.carried.items()})
         plan, watched = self.run_.plan, isinstance(kernel, StepByStep) and call.target - first > CHECK_EVERY
         guard = Guard(evaluator.total, self.coefficients, plan.data_range, x, first) if watched else None
@@ -164,15 +168,17 @@ class Chains:
         while state.step < call.target and not stop.requested:
             before = state.step
             state = kernel.advance(state, self._until(before, kernel.stride))
-            if state.step - looked >= (1 if self.run_.on_nonfinite == "restart" else CHECK_EVERY):
-                if guard is not None and state.step >= guard.due:
+            if state.step - looked >= (1 if at_once else CHECK_EVERY):
+                if guard is not None and state.step >= guard.due and kernel.info is not None:
                     guard.look(state, kernel.info.leaf_energies, self._sigma_of(state.step - 1))
-                self._handle_faults(rows, kernel, state, guard)
+                if kernel.suspect(state):
+                    self._handle_faults(rows, kernel, state, guard)
                 looked = state.step
             if self.callback is not None or self.trace is not None:
                 self._observe(rows, state.step - 1, evaluator)
             if bar is not None:
                 bar.update(state.step - before)
+        self.captured.append(getattr(kernel, "captured", False))
         self.step[rows] = state.step
         self._handle_faults(rows, kernel, state, guard)
         accepted = kernel.acceptance()

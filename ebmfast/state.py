@@ -172,6 +172,7 @@ class Report:
     effective_temperature: tuple[float, float]
     versions: Mapping[str, str]
     captured: bool = False
+    uncaptured: str | None = None  # why not
     engine: str = "step"
     models: str = ""
     faults: list[Fault] = field(default_factory=list)
