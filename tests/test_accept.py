@@ -80,3 +80,27 @@ def test_the_step_may_lie_on_the_device(name):
     expected = run(name, x.clone(), proposal, log_ratio, step=11)
     assert torch.equal(run(name, x, proposal, log_ratio, step=torch.tensor([11])), expected)
     assert not torch.equal(run(name, x, proposal, log_ratio, step=torch.tensor([12])), expected)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("shape", [(0, 4), (1,), (300, 2), (9, 3, 7)], ids=str)
+def test_all_that_is_known_of_a_point_goes_along(name, shape):
+    """The state and whatever comes with it, of any type; chains with a fault stay. As the reference does it."""
+    backend = require_backend(name)
+    device, generator = backends.home(name), torch.Generator().manual_seed(0)
+    current = [torch.randn(shape, generator=generator), torch.randn(shape[0], generator=generator), torch.zeros(shape[0], 5).long()]
+    proposed = [torch.randn_like(current[0]), torch.randn(shape[0]), torch.ones(shape[0], 5).long()]
+    log_ratio = torch.randn(shape[0], generator=generator) - 0.5
+    log_ratio[::7] = NAN
+    faults = (torch.arange(shape[0]) % 5 == 4).long() * 77
+    noise_id = {"seed": 2**63 + 5, "step": 2**32 - 1, "first_chain": 2**32 - 2}
+    results = []
+    for b, where in ((backend, device), (backends.resolve("reference", "cpu"), "cpu")):
+        mine = [t.clone().to(where) for t in current]
+        there = [t.to(where) for t in proposed]
+        results.append([b.accept(mine, there, log_ratio.to(where), faults.to(where), **noise_id).cpu(), *(t.cpu() for t in mine)])
+    (accepted, *mine), (expected, *theirs) = results
+    assert torch.equal(accepted, expected) and not accepted[faults != 0].any()
+    assert all(torch.equal(a, b) for a, b in zip(mine, theirs))
+    for old, new, now in zip(current, proposed, mine):
+        assert torch.equal(now[accepted], new[accepted]) and torch.equal(now[~accepted], old[~accepted])
