@@ -311,6 +311,7 @@ class CpuBackend(Backend):
         return {"backend": self.name, "isa": core.isa(), "threads": torch.get_num_threads()}
 
     def accept(self, current, proposed, log_ratio, faults, **noise_id) -> torch.Tensor:
+        batch = log_ratio.shape[0]
         fits = log_ratio.dtype is torch.float32 and log_ratio.is_contiguous()
         for old, new in zip(current, proposed, strict=True):
             same = old.dtype is new.dtype and old.shape == new.shape and new.device.type == "cpu"
@@ -318,15 +319,15 @@ class CpuBackend(Backend):
         if not fits:
             return super().accept(current, proposed, log_ratio, faults, **noise_id)
         rows = [
-            (old.data_ptr(), new.data_ptr(), old.nbytes // max(len(old), 1)) for old, new in zip(current, proposed)
+            (old.data_ptr(), new.data_ptr(), old.nbytes // max(batch, 1)) for old, new in zip(current, proposed)
         ]
-        accepted = torch.empty(len(log_ratio), dtype=torch.bool)
+        accepted = torch.empty(batch, dtype=torch.bool)
         core.accept(
             rows,
             log_ratio.data_ptr(),
             faults.data_ptr(),
             accepted.data_ptr(),
-            len(log_ratio),
+            batch,
             stream=rng.ACCEPT,
             **noise_id,
         )

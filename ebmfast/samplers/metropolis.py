@@ -174,7 +174,7 @@ class MetropolisKernel(StepByStep):
 
 def squared_norm(rows: torch.Tensor) -> torch.Tensor:
     """|row|² of every chain, `[B]`."""
-    return rows.reshape(len(rows), -1).square().sum(1)
+    return rows.reshape(rows.shape[0], -1).square().sum(1)
 
 
 def plus(x: torch.Tensor, a: Coefficient, y: torch.Tensor) -> torch.Tensor:
