@@ -9,6 +9,7 @@ p(x) ∝ exp(-E(x)); `a & b` adds energies, `a | b` is -logsumexp(-E), `~b` subt
 """
 
 from . import energies, ops, zoo
+from .branches import DrawBranches, log_partition, root_branches
 from .composition import (
     Concept,
     Expression,
@@ -21,6 +22,7 @@ from .composition import (
     negate,
     with_prior,
 )
+from .coupling import CoupledError
 from .driver import StepInfo
 from .expressions import parse
 from .samplers import BAOAB, HMC, MALA, Annealed, DualAveraging, Langevin
@@ -31,8 +33,9 @@ from .weights import AboveSigma, PiecewiseSigma
 __version__ = "0.1.0"
 
 __all__ = [
-    "BAOAB", "HMC", "MALA", "AboveSigma", "Annealed", "Concept", "DualAveraging", "Expression", "Family", "Fault",
-    "Interrupted", "Langevin", "NonFiniteError", "PiecewiseSigma", "Report", "Result", "Run", "RunawayError", "SampleState", "Slot",
-    "StepInfo", "Trace", "TraceResult", "UngroundedNegationError", "all_of", "any_of", "energies", "from_json", "negate",
-    "ops", "parse", "prepare", "sample", "with_prior", "zoo",
+    "BAOAB", "HMC", "MALA", "AboveSigma", "Annealed", "Concept", "CoupledError", "DrawBranches", "DualAveraging",
+    "Expression", "Family", "Fault", "Interrupted", "Langevin", "NonFiniteError", "PiecewiseSigma", "Report", "Result", "Run",
+    "RunawayError", "SampleState", "Slot", "StepInfo", "Trace", "TraceResult", "UngroundedNegationError", "all_of", "any_of",
+    "energies", "from_json", "log_partition", "negate", "ops", "parse", "prepare", "root_branches", "sample", "with_prior",
+    "zoo",
 ]

@@ -320,6 +320,8 @@ def _describe(leaf: Concept, index: int, shape: Sequence[int], bf16: bool, slots
     if not shape:
         raise NotNative(f"{leaf.name}: chains of no dimension")
     _plain(model, kind, leaf)
+    if leaf.source.gives_gradient:
+        raise NotNative(f"{leaf.name}: its gradients come from a function of its own")
     if leaf.source.takes_sigma or leaf.source.takes_keep:
         raise NotNative(f"{leaf.name}: it takes a noise level or a keep flag")
     if kind is nn.Sequential and len(shape) != 1:
@@ -496,6 +498,15 @@ class BoundChain:
     def __init__(self, chain: Chain, conditions: list[Tensor]):
         self.chain, self.conditions = chain, conditions
 
+    def refresh(self) -> None:
+        """Read parameters as they are now."""
+        if not self.chain.refresh():
+            raise RuntimeError('a callback changed a model so that the chain engine cannot go on; pass engine="step"')
+
     def energies(self, x: Tensor, sigma: float | None = None) -> list[Tensor]:
         """E_k(x), K tensors `[B]` in leaf order. Native energies know no noise level."""
         return self.chain.energies(x.contiguous(), self.conditions)
+
+    def total(self, energies: list[Tensor], sigma: float | None = None) -> Tensor:
+        """E(x) `[B]` from the energies of the leaves."""
+        return self.chain.expression.program.evaluate(energies, sigma)

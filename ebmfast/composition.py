@@ -58,16 +58,30 @@ class Source:
     data_range: tuple[float, float] | None = None
     sigma: tuple[float, float] | None = None
     negation_alpha: float | None = None
+    returns: str = "energy"
+    gradient: Callable | None = None
 
     @property
     def key(self) -> tuple:
         """What two sources must share for their leaves to be one leaf, or one batched call."""
-        return (id(self.model), self.takes_sigma, self.takes_keep, self.reduce)
+        return (id(self.model), self.takes_sigma, self.takes_keep, self.reduce, self.returns, self.gradient)
+
+    @property
+    def gives_gradient(self) -> bool:
+        """Whether gradients come from a function, not from autograd."""
+        return self.returns != "energy" or self.gradient is not None
 
 
-def _source(model, name, takes_sigma, reduce, data_range, sigma, negation_alpha) -> Source:
+RETURNS = ("energy", "gradient", "score")
+
+
+def _source(model, name, takes_sigma, reduce, data_range, sigma, negation_alpha, returns="energy", gradient=None) -> Source:
     if not callable(model):
         raise TypeError(f"`model` must be a module or a function energy(x) or energy(x, condition), got {model!r}")
+    if returns not in RETURNS:
+        raise ValueError(f"`returns` must be one of {', '.join(RETURNS)}, got {returns!r}")
+    if gradient is not None and (returns != "energy" or not callable(gradient)):
+        raise ValueError("`gradient` must be a function gradient(x) or gradient(x, condition), beside a model of energies")
     if reduce not in (None, "sum"):
         raise ValueError(f'`reduce` must be None or "sum", got {reduce!r}')
     function = model.forward if isinstance(model, torch.nn.Module) else model
@@ -82,7 +96,7 @@ def _source(model, name, takes_sigma, reduce, data_range, sigma, negation_alpha)
         model, name, "sigma" in parameters if takes_sigma is None else bool(takes_sigma), "keep" in parameters,
         reduce, None if data_range is None else tuple(map(float, data_range)),
         None if sigma is None else tuple(map(float, sigma)),
-        None if negation_alpha is None else as_weight(negation_alpha, "negation_alpha"))
+        None if negation_alpha is None else as_weight(negation_alpha, "negation_alpha"), returns, gradient)
 
 
 class Expression:
@@ -202,6 +216,9 @@ class Concept(Expression):
         takes_sigma: overrides what the model's signature says.
         data_range, sigma: the model's range of x, and of noise levels, where known.
         negation_alpha: α of `~concept`; None is the paper's 0.01.
+        returns: "energy"; or what the model returns in its place, shaped as x: "score", ∇log p = -∇E, or "gradient", ∇E.
+            Such concepts compose in sums (AND, NOT), which need no energies, and results have none.
+        gradient: a function of the model's arguments that returns ∇E, `[B, *S]`, used in the place of autograd.
 
     Two concepts of the same model under the same condition are the same leaf.
     """
@@ -212,9 +229,10 @@ class Concept(Expression):
     family: Family | None = field(default=None)
 
     def __init__(self, model, condition=None, name: str | None = None, *, reduce: str | None = None,
-                 takes_sigma: bool | None = None, data_range=None, sigma=None, negation_alpha=None):
+                 takes_sigma: bool | None = None, data_range=None, sigma=None, negation_alpha=None,
+                 returns: str = "energy", gradient: Callable | None = None):
         name = name or getattr(model, "__name__", None) or type(model).__name__
-        source = _source(model, name, takes_sigma, reduce, data_range, sigma, negation_alpha)
+        source = _source(model, name, takes_sigma, reduce, data_range, sigma, negation_alpha, returns, gradient)
         self._set(source, _as_condition(condition, name), name, None)
 
     def _set(self, source, condition, name, family):
@@ -243,21 +261,22 @@ class Family:
         labels: `{label: condition vector}`; then `family("label")` is a concept.
         unconditional: whether the model has an unconditional energy (called with `condition=None`).
         condition_dim: the width C of a condition; taken from `labels` where they are given.
-        data_range, sigma, negation_alpha, takes_sigma, reduce: as in `Concept`.
+        data_range, sigma, negation_alpha, takes_sigma, reduce, returns, gradient: as in `Concept`.
 
     `family("red")`, `family(0.2, 0.8)`, `family([0.2, 0.8])` and `family[Slot("c")]` are concepts.
     """
 
     def __init__(self, model, name: str, labels: Mapping[str, Sequence[float]] | None = None, *,
                  unconditional: bool = False, condition_dim: int | None = None, data_range=None, sigma=None,
-                 negation_alpha=None, takes_sigma: bool | None = None, reduce: str | None = None):
+                 negation_alpha=None, takes_sigma: bool | None = None, reduce: str | None = None, returns: str = "energy",
+                 gradient: Callable | None = None):
         self.name = name
         self.labels = {str(k): _as_condition(v, f"{name}[{k!r}]") for k, v in (labels or {}).items()}
         widths = {len(v) for v in self.labels.values()} | ({condition_dim} if condition_dim else set())
         if len(widths) > 1:
             raise ValueError(f"conditions of {name!r} must have one width, got {sorted(widths)}")
         self.condition_dim = widths.pop() if widths else None
-        self.source = _source(model, name, takes_sigma, reduce, data_range, sigma, negation_alpha)
+        self.source = _source(model, name, takes_sigma, reduce, data_range, sigma, negation_alpha, returns, gradient)
         self._unconditional = unconditional
 
     def __repr__(self):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 from collections.abc import Mapping
@@ -10,13 +11,16 @@ from typing import NamedTuple
 
 import torch
 
+from . import memory
 from .chain import Chain
+from .coupling import check_rows
 from .guard import RAN_AWAY, Guard
 from .samplers.langevin import StepByStep
 from .state import Fault, NonFiniteError, RunawayError, SampleState, TraceResult
 
 CHECK_EVERY = 16  # steps between two looks at the fault flags; a faulty chain stops at once in the kernel
 BATCH_BYTES = 8 << 20  # default size of a micro-batch's gradients: a share of the last-level cache
+MEASURED_FROM = 1 << 20  # bytes of a micro-batch's gradients from which its memory is measured
 
 
 class StepInfo(NamedTuple):
@@ -46,6 +50,11 @@ class Call:
     conditions: dict[str, torch.Tensor]
     extra: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
+    @property
+    def x_bytes(self) -> int:
+        """Bytes of one chain's state."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 class Chains:
     """The chains of one call, and the loop over micro-batches and steps."""
@@ -54,12 +63,15 @@ class Chains:
         self.run_, self.call, self.backend, self.chain, self.frozen = run, call, backend, chain, frozen
         self.initial, self.trace, self.callback = initial, trace, callback
         self.batch = run.batch_size or (_default_batch(call, len(run.plan.leaves)) if chain is None else max(1, call.n))
+        self.branch = None if run.branches is None else run.branches.draw(call.n, call.seed, call.first_chain)
         self.coefficients = run.sampler.coefficients(run.plan.expression, call.target - call.base, call.base)
         fresh = call.x is None
         self.x = torch.empty(call.n, *call.shape, dtype=call.dtype, device=call.device) if fresh else call.x.clone()
         if fresh:
             for rows in self._rows():
                 self.x[rows] = initial(rows.start, rows.stop - rows.start, 0)
+        if chain is None and run.batch_size is None:
+            self.batch = self._fitting()
         self.step, self.faults = call.step.clone(), call.faults.clone()
         self.faults_seen: set[Fault] = set()
         self.carried = self._carry()
@@ -107,10 +119,32 @@ class Chains:
             if bar is not None:
                 bar.close()
 
-    def _evaluator(self, rows: slice):
+    def _fitting(self) -> int:
+        """The micro-batch that `memory_limit` allows: without one the default, unless that takes half of the memory."""
+        call, run, limit = self.call, self.run_, self.run_.memory_limit
+        most = self.batch if limit is None else max(1, call.n)
+        if call.n == 0 or (limit is None and most * call.x_bytes * len(run.plan.leaves) < MEASURED_FROM):
+            return most
+        key = call.shape, call.dtype, call.device
+        if key not in run.fitting:
+            sigma = self.coefficients.sigma[0] if self.coefficients.sigma else None
+
+            def work(rows: int) -> None:
+                chosen = torch.arange(rows) % call.n
+                conditions = {name: c[chosen] for name, c in call.conditions.items()}
+                with torch.enable_grad():
+                    run.plan.bind(self.x[chosen.to(call.device)], conditions).gradients(self.x[chosen.to(call.device)], sigma)
+
+            run.fitting[key] = memory.fitting(work, limit or memory.total(call.device) // 2, call.device)
+        return min(most, run.fitting[key])
+
+    def _evaluator(self, rows: slice, whole: bool = False):
+        """What evaluates those chains: `whole`, the composition even where every chain has a branch of its own."""
         conditions = {name: c[rows] for name, c in self.call.conditions.items()}
         if self.chain is not None:
             return self.chain.bind(conditions)
+        if self.branch is not None and not whole:
+            return self.run_.branches.bind(self.x[rows], conditions, self.branch[rows])
         return self.run_.plan.bind(self.x[rows], conditions)
 
     def _run_slice(self, rows: slice, stop: Interrupt, bar) -> None:
@@ -118,12 +152,14 @@ class Chains:
         if first >= call.target:
             return
         x, faults, evaluator = self.x[rows], self.faults[rows], self._evaluator(rows)
+        if self.run_.check and self.chain is None:
+            check_rows(evaluator, x, self.coefficients.sigma[first - call.base])
         kernel = self.run_.sampler.bind(
             evaluator, self.backend, self.coefficients, call.base, seed=call.seed,
             first_chain=call.first_chain + rows.start, frozen_mask=self._frozen_rows(rows))
         state = kernel.init(x, first, faults, {name: values[rows] for name, values in self.carried.items()})
-        plan, watched = self.run_.plan, isinstance(kernel, StepByStep) and call.target - first > CHECK_EVERY
-        guard = Guard(plan.program, self.coefficients, plan.data_range, x, first) if watched else None
+        watched = isinstance(kernel, StepByStep) and call.target - first > CHECK_EVERY
+        guard = Guard(evaluator.total, self.coefficients, self.run_.plan.data_range, x, first) if watched else None
         looked = first
         while state.step < call.target and not stop.requested:
             before = state.step
@@ -157,13 +193,12 @@ class Chains:
         sigma = self._sigma_of(t)
         if self.callback is not None:
             self.callback(StepInfo(t + 1, self.call.first_chain + rows.start, self.x[rows], sigma))
-            if self.chain is not None and not self.chain.refresh():
-                raise RuntimeError('a callback changed a model so that the chain engine cannot go on; pass engine="step"')
+            evaluator.refresh()
         if self.trace is None or (t + 1) % self.trace.every:
             return
         with torch.no_grad():
             x = self.x[rows]
-            energy = self.run_.plan.program.evaluate(evaluator.energies(x, sigma), sigma) if self.trace.energy else None
+            energy = evaluator.total(evaluator.energies(x, sigma), sigma) if self.trace.energy else None
         self._kept.setdefault(t + 1, []).append((rows.start, energy, x.clone() if self.trace.states else None))
 
     def _sigma_of(self, step: int) -> float | None:
@@ -203,8 +238,11 @@ class Chains:
     def _fault(self, row: int, code: int) -> Fault:
         if code & 0xFFFF == RAN_AWAY:
             return Fault(self.call.first_chain + row, (code >> 16) - 1, None, "ran away")
-        leaf = (code & 0xFFFF) - 1
-        name = self.run_.plan.leaves[leaf].name if leaf >= 0 else None
+        leaf, name = (code & 0xFFFF) - 1, None
+        if leaf >= 0 and self.branch is not None:
+            name = repr(self.run_.branches.expressions[int(self.branch[row])])
+        elif leaf >= 0:
+            name = self.run_.plan.leaves[leaf].name
         return Fault(self.call.first_chain + row, (code >> 16) - 1, name)
 
     @torch.no_grad()
@@ -214,7 +252,7 @@ class Chains:
         leaves = self.x.new_empty(self.call.n, len(plan.leaves))
         energy = self.x.new_empty(self.call.n)
         for rows in self._rows():
-            columns = self._evaluator(rows).energies(self.x[rows], sigma)
+            columns = self._evaluator(rows, whole=True).energies(self.x[rows], sigma)
             for k, column in enumerate(columns):
                 leaves[rows, k] = column.to(leaves.dtype)
             energy[rows] = plan.program.evaluate(columns, sigma).to(energy.dtype) if columns else 0.0
@@ -293,7 +331,4 @@ def _bar(total: int, progress: bool):
 
 
 def _default_batch(call: Call, leaves: int) -> int:
-    size = 4 * max(1, leaves)
-    for s in call.shape:
-        size *= s
-    return max(1, min(call.n, BATCH_BYTES // size))
+    return max(1, min(call.n, BATCH_BYTES // (call.x_bytes * max(1, leaves))))

@@ -1,21 +1,24 @@
 """From the leaves of a composition to the fewest batched forward-backward passes.
 
-Leaves of one model are stacked along the batch; all models go through one `autograd.grad`, with the
-program's weights ∂E/∂E_k as cotangents, so the gradients come back weighted. Parameters are read live at
-every call: nothing here can go stale.
+Leaves of one model are stacked along the batch; models of one architecture run stacked or in branches, whichever is
+faster; all go through one `autograd.grad`, with the program's weights ∂E/∂E_k as cotangents, so the gradients come back
+weighted.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .composition import Concept, Expression, Slot, Source
+from .evaluator import Evaluator
+from .stacking import Compiled
+from .weights import PiecewiseSigma
 
 
 @dataclass(frozen=True)
@@ -33,19 +36,69 @@ class Group:
 class Plan:
     """How an expression is evaluated; independent of batch, device and conditions."""
 
-    def __init__(self, expression: Expression, compute_dtype: torch.dtype | None = None):
+    def __init__(self, expression: Expression, compute_dtype: torch.dtype | None = None, *, channels_last: bool = False,
+                 compile: bool = False, stack: bool | str = False):
         if not isinstance(expression, Expression):
             raise TypeError(f"`expr` must be a Concept or a composition of them, got {expression!r}")
         if compute_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"`compute_dtype` must be float32, bfloat16 or float16, got {compute_dtype}")
         self.expression = expression
+        if stack not in (True, False, "auto"):
+            raise ValueError(f'`stack_models` must be "auto", True or False, got {stack!r}')
         self.compute_dtype = None if compute_dtype == torch.float32 else compute_dtype
+        self.channels_last, self.compile, self.stack = bool(channels_last), bool(compile), stack
         self.leaves = expression.leaves
         self.program = expression.program
         self.groups = _groups(self.leaves)
+        self.schedules = any(isinstance(v, PiecewiseSigma) for v in self.program.values)
+        self.may_stack = stack is not False and len({id(g.source.model) for g in self.groups}) > 1
+        self.choices: dict[tuple[int, ...], str] = {}  # how models of one architecture run, and why: by leaves
+        self.in_branches: set = set()  # shapes for which nothing is stacked,
+        self.in_stacks: set = set()  # and those for which something is, and was seen to agree
+        self.checked: set[int] = set()  # models whose rows were seen not to be coupled
+        self._compiled: dict[int, Compiled] = {}
+        if compile and stack is True:
+            raise ValueError("`stack_models` and `compile` exclude each other: compiled models run in branches")
         for leaf in self.leaves:
             _check_uncoupled(leaf)
         self.data_range = _common_range(self.leaves)
+        for leaf, decides in zip(self.leaves, self.program.decisive):
+            if decides and leaf.source.returns != "energy":
+                raise ValueError(
+                    f"{leaf.name} gives its {leaf.source.returns} and no energy, and an OR needs the energies of its branches:"
+                    " such models compose in sums (AND, NOT) only")
+
+    @property
+    def has_energies(self) -> bool:
+        """Whether every leaf has an energy; a score has none."""
+        return all(leaf.source.returns == "energy" for leaf in self.leaves)
+
+    def check_energies(self, what: str = "this") -> None:
+        """Raise where a leaf has no energy."""
+        for leaf in self.leaves:
+            if leaf.source.returns != "energy":
+                raise ValueError(f"{leaf.name} gives its {leaf.source.returns} and no energy, which {what} needs")
+
+    def ways(self) -> str:
+        """How models are called, beside plainly."""
+        ways = [w for w, on in (("channels_last", self.channels_last), ("torch.compile", self.compile)) if on]
+        if self.compute_dtype is not None:
+            ways.append(f"autocast to {str(self.compute_dtype).removeprefix('torch.')}")
+        stacks = [f"{len(leaves)} leaves stacked" for leaves, choice in self.choices.items() if choice.startswith("stacked")]
+        return ", ".join([*ways, *stacks])
+
+    def function(self, source: Source) -> Callable:
+        """What is called for a model: itself, or compiled."""
+        if not self.compile:
+            return source.model
+        if id(source.model) not in self._compiled:
+            self._compiled[id(source.model)] = Compiled(source.model)
+        return self._compiled[id(source.model)].function
+
+    def refresh(self) -> None:
+        """Models may have changed since they were compiled."""
+        for compiled in self._compiled.values():
+            compiled.refresh()
 
     def check_sigmas(self, sigmas: Sequence[float] | None) -> None:
         """Raise where a leaf needs a noise level and none is given, or was not trained at one that is."""
@@ -70,7 +123,7 @@ class Plan:
             got = f"{x.dtype} of shape {list(x.shape)}" if isinstance(x, torch.Tensor) else repr(type(x).__name__)
             raise ValueError(f"`x` must be a floating tensor [B, *S], got {got}")
         rows = check_conditions(self.expression, conditions, x.shape[0])
-        return Evaluator(self, x.shape[0], x.device, x.dtype, rows)
+        return Evaluator(self, x, rows)
 
     def explain(self, shape: Sequence[int] | None = None) -> str:
         """The simplified tree, its leaves and how they are batched, in plain words.
@@ -88,9 +141,13 @@ class Plan:
         for group in self.groups:
             names = ", ".join(self.leaves[k].name for k in group.leaves)
             extras = [w for w, on in (("sigma", group.source.takes_sigma), ("keep", group.source.takes_keep)) if on]
-            how = f"{len(group)} x B rows stacked" if len(group) > 1 else "B rows"
+            how = f"{len(group)} x B rows in one call" if len(group) > 1 else "B rows"
             takes = f", takes {', '.join(extras)}" if extras else ""
             lines.append(f"  {type(group.source.model).__name__} ({how}{takes}): {names}{_known(group.source)}")
+        for leaves, choice in self.choices.items():
+            lines.append(f"  models of {', '.join(self.leaves[k].name for k in leaves)}: {choice}")
+        if ways := self.ways():
+            lines.append(f"models run   {ways}")
         if self.program.has_or:
             lines.append("weights      per chain, from the leaf energies (there is an OR)")
         else:
@@ -178,155 +235,3 @@ def check_conditions(expression: Expression, conditions: Mapping | None, n: int)
                 raise ValueError(
                     f"`conditions[{leaf.condition.name!r}]` must have {want} columns for {leaf.family.name!r}, got {got}")
     return rows
-
-
-class Evaluator:
-    """A plan for a fixed number of chains on one device, its condition rows laid out once."""
-
-    def __init__(self, plan: Plan, batch: int, device, dtype, rows: Mapping[str, torch.Tensor]):
-        self.plan = plan
-        self.batch = batch
-        self._device, self._dtype = device, dtype
-        self._inputs = [self._group_inputs(group, rows) for group in plan.groups]
-        self._cotangents: dict = {}
-        self._sigmas: dict = {}
-        self._stacked = len(plan.groups) == 1 and len(plan.leaves) > 1
-
-    def _group_inputs(self, group: Group, rows):
-        leaves = [self.plan.leaves[k] for k in group.leaves]
-        keep = None
-        if group.source.takes_keep and group.conditioned:
-            flags = torch.tensor([float(leaf.condition is not None) for leaf in leaves])
-            keep = flags.repeat_interleave(self.batch).to(self._device, self._dtype)
-        if not group.conditioned:
-            return None, keep
-        parts = [None if leaf.condition is None else
-                 rows[leaf.condition.name] if isinstance(leaf.condition, Slot) else
-                 torch.tensor(leaf.condition, dtype=self._dtype).expand(self.batch, -1) for leaf in leaves]
-        widths = {p.shape[1]: leaf for p, leaf in zip(parts, leaves) if p is not None}
-        if len(widths) > 1:
-            (a, x), (b, y), *_ = widths.items()
-            raise ValueError(f"conditions of one model differ in width: {x.name} has {a} numbers, {y.name} has {b}")
-        width = next(iter(widths))
-        parts = [torch.zeros(self.batch, width) if p is None else p for p in parts]
-        return torch.cat([p.to(self._device, self._dtype) for p in parts]), keep
-
-    def energies(self, x: torch.Tensor, sigma: float | None = None) -> list[torch.Tensor]:
-        """E_k(x), K tensors `[B]` in leaf order; differentiable with respect to `x`."""
-        return self._energies([self._repeat(x, len(group)) for group in self.plan.groups], sigma)
-
-    def gradients(self, x: torch.Tensor, sigma: float | None = None):
-        """`(w_k ∇E_k(x), E_k(x))`: the weighted gradients `[K, B, *S]`, or K tensors `[B, *S]` where several
-        models are involved, and the K energies `[B]`, all detached and contiguous. Needs grad mode."""
-        xs = [self._repeat(x.detach(), len(group)).requires_grad_() for group in self.plan.groups]
-        energies = self._energies(xs, sigma)
-        for leaf, energy in zip(self.plan.leaves, energies):
-            if not energy.requires_grad:
-                raise ValueError(f"the energy of {leaf.name} does not depend on `x` (it carries no gradient)")
-        cotangents = self._weights(energies, sigma)
-        grads = _backward(tuple(energies), tuple(xs), tuple(cotangents)) if xs else ()
-        return self._by_leaf(grads, x), energies
-
-    def gradient(self, x: torch.Tensor, sigma: float | None = None) -> torch.Tensor:
-        """∇E(x) = Σ_k w_k(x) ∇E_k(x), `[B, *S]`."""
-        with torch.inference_mode(False), torch.enable_grad():
-            grads, _ = self.gradients(x.clone() if x.is_inference() else x, sigma)
-        return sum(grads[1:], grads[0].clone()) if len(grads) else torch.zeros_like(x)
-
-    @staticmethod
-    def _repeat(x, times: int) -> torch.Tensor:
-        return x if times == 1 else x.repeat(times, *[1] * (x.ndim - 1))
-
-    def _weights(self, energies, sigma) -> list[torch.Tensor]:
-        """The cotangents of the energies: the program's weights w_k = ∂E/∂E_k, `[B]` each."""
-        program = self.plan.program
-        if program.has_or:
-            weights = program.weights([e.detach() for e in energies], sigma)
-            weights = [w if isinstance(w, torch.Tensor) else e.new_full(e.shape, w) for w, e in zip(weights, energies)]
-            return [w.to(e.dtype) for w, e in zip(weights, energies)]
-        if sigma not in self._cotangents:
-            constant = program.constant_weights(sigma)
-            self._cotangents[sigma] = [e.new_full(e.shape, w) for w, e in zip(constant, energies)]
-        return self._cotangents[sigma]
-
-    def _energies(self, xs, sigma) -> list[torch.Tensor]:
-        if self.plan.compute_dtype is None:
-            return self._leaf_energies(xs, sigma)
-        with torch.autocast(self._device.type, dtype=self.plan.compute_dtype):
-            return self._leaf_energies(xs, sigma)
-
-    def _leaf_energies(self, xs, sigma) -> list[torch.Tensor]:
-        out: list = [None] * len(self.plan.leaves)
-        for group, x, (condition, keep) in zip(self.plan.groups, xs, self._inputs):
-            energy = self._call(group, x, condition, keep, sigma)
-            parts = (energy,) if len(group.leaves) == 1 else energy.split(self.batch)
-            for k, part in zip(group.leaves, parts):
-                out[k] = part
-        return out
-
-    def _call(self, group: Group, x, condition, keep, sigma) -> torch.Tensor:
-        source = group.source
-        args = (x,) if condition is None else (x, condition)
-        kwargs = {}
-        if keep is not None:
-            kwargs["keep"] = keep
-        if source.takes_sigma and sigma is not None:
-            kwargs["sigma"] = self._sigma(sigma, x.shape[0])
-        try:
-            energy = source.model(*args, **kwargs)
-        except Exception as error:
-            names = ", ".join(self.plan.leaves[k].name for k in group.leaves)
-            width = "" if condition is None else f", condition {list(condition.shape)}"
-            error.add_note(f"while evaluating {names} with x {list(x.shape)}{width}")
-            raise
-        return _as_rows(energy, x.shape[0], source.reduce, self.plan.leaves[group.leaves[0]].name)
-
-    def _sigma(self, sigma: float, rows: int) -> torch.Tensor:
-        key = (sigma, rows)
-        if key not in self._sigmas:
-            self._sigmas[key] = torch.full((rows,), sigma, device=self._device, dtype=self._dtype)
-        return self._sigmas[key]
-
-    def _by_leaf(self, grads, x):
-        for group, grad in zip(self.plan.groups, grads):
-            if grad is None:
-                raise ValueError(f"the energy of {self.plan.leaves[group.leaves[0]].name} does not depend on `x`")
-        grads = [g if g.is_contiguous() else g.contiguous() for g in grads]
-        if self._stacked:
-            return grads[0].view(len(self.plan.leaves), *x.shape)
-        out: list = [None] * len(self.plan.leaves)
-        for group, grad in zip(self.plan.groups, grads):
-            parts = [grad] if len(group) == 1 else grad.split(self.batch)
-            for k, part in zip(group.leaves, parts):
-                out[k] = part
-        return out
-
-
-def _backward(outputs: tuple, inputs: tuple, cotangents: tuple) -> tuple:
-    """`torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True)` without its Python wrapper, which
-    takes 40 µs of the 70 that the gradient of a small energy takes (measured on one CPU, torch 2.13)."""
-    engine = getattr(torch.autograd.Variable, "_execution_engine", None)
-    if engine is None:
-        return torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True)
-    return engine.run_backward(outputs, cotangents, False, False, inputs, allow_unreachable=True, accumulate_grad=False)
-
-
-def _as_rows(energy, rows: int, reduce: str | None, name: str) -> torch.Tensor:
-    """The energy of a model as `[rows]`; raises on other shapes unless they are to be summed."""
-    if isinstance(energy, torch.Tensor) and energy.shape == (rows,) and energy.dtype is torch.float32:
-        return energy
-    if not isinstance(energy, torch.Tensor):
-        raise TypeError(f"the energy of {name} must be a tensor [B], got {type(energy).__name__}")
-    shape = list(energy.shape)
-    if energy.ndim < 1 or shape[0] != rows:
-        raise ValueError(f"the energy of {name} must be [B] or [B, 1] with B = {rows}, got {shape}")
-    if energy.ndim == 1:
-        pass
-    elif reduce == "sum":
-        energy = energy.flatten(1).sum(1)
-    elif shape == [rows, 1]:
-        energy = energy[:, 0]
-    else:
-        raise ValueError(
-            f"the energy of {name} must be [B] or [B, 1], got {shape}; reduce=\"sum\" adds up the rest per chain")
-    return energy if energy.dtype in (torch.float32, torch.float64) else energy.float()

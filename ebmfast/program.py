@@ -39,6 +39,31 @@ class Program:
         """Whether leaf weights depend on the energies; without an OR they are constants."""
         return any(code == self.LOGSUMEXP for code, _ in self.codes)
 
+    def live(self, sigma: float | None = None) -> tuple[bool, ...]:
+        """Which leaves count at noise level `sigma`: all but those that every path multiplies by 0."""
+        nodes = list(self._nodes(sigma))
+        reached, found = [False] * (len(nodes) - 1) + [True], [False] * self.n_leaves
+        for i in range(len(nodes) - 1, -1, -1):
+            code, operand, children, values = nodes[i]
+            if code == self.LEAF:
+                found[operand] |= reached[i]
+            for j, c in enumerate(children):
+                reached[c] = reached[i] and (code == self.LOGSUMEXP or values[j] != 0.0)
+        return tuple(found)
+
+    @cached_property
+    def decisive(self) -> tuple[bool, ...]:
+        """Which leaves' energies decide weights: those below an OR."""
+        nodes = list(self._tree())
+        below, found = [False] * len(nodes), [False] * self.n_leaves
+        for i in range(len(nodes) - 1, -1, -1):
+            code, operand, children, _ = nodes[i]
+            if code == self.LEAF:
+                found[operand] |= below[i]
+            for c in children:
+                below[c] = below[i] or code == self.LOGSUMEXP
+        return tuple(found)
+
     def constant_weights(self, sigma: float | None = None) -> list[float]:
         """w_k = ∂E/∂E_k of a program without an OR, at noise level `sigma`."""
         if self.has_or:
@@ -54,6 +79,11 @@ class Program:
         return self._reverse(leaf_energies, sigma)
 
     def _nodes(self, sigma):
+        """Per instruction: (code, operand, children as instruction indices, its values at a noise level)."""
+        for code, operand, children, values in self._tree():
+            yield code, operand, children, [weight_at(v, sigma) for v in values]
+
+    def _tree(self):
         """Per instruction: (code, operand, children as instruction indices, its values)."""
         stack: list[int] = []
         used = 0
@@ -64,7 +94,7 @@ class Program:
                 children = stack[-operand:]
                 del stack[-operand:]
             stack.append(i)
-            yield code, operand, children, [weight_at(v, sigma) for v in self.values[used:used + count]]
+            yield code, operand, children, self.values[used:used + count]
             used += count
 
     def _forward(self, leaf_energies, sigma) -> list:

@@ -9,7 +9,8 @@ from contextlib import ExitStack
 
 import torch
 
-from . import backends, rng
+from . import backends, memory, rng
+from .branches import Branches, DrawBranches
 from .chain import Chain, NotNative
 from .composition import Expression
 from .driver import Call, Chains, Interrupt, by_step
@@ -25,7 +26,9 @@ ENGINES = ("auto", "step", "chain")
 def sample(expr: Expression, n: int | None = None, shape=None, sampler: Sampler | None = None,
            steps: int | None = None, seed=None, *, conditions: Mapping | None = None, x: torch.Tensor | None = None,
            init: str | Callable | None = None, first_chain: int = 0, frozen_mask: torch.Tensor | None = None,
-           batch_size: int | None = None, device=None, compute_dtype: torch.dtype | None = None,
+           batch_size: int | None = None, memory_limit: int | str | None = None, device=None,
+           compute_dtype: torch.dtype | None = None, channels_last: bool = False, compile: bool = False,
+           stack_models: bool | str = "auto", branches: str | DrawBranches | None = None, check: bool = True,
            backend: str = "auto", engine: str = "auto", trace: Trace | int | None = None,
            callback: Callable | None = None, progress: bool = False, energies: bool = True, on_nonfinite: str = "raise",
            resume: SampleState | None = None, allow_improper: bool = False) -> Result:
@@ -48,8 +51,19 @@ def sample(expr: Expression, n: int | None = None, shape=None, sampler: Sampler 
             "uniform", and "normal" under `Annealed`.
         first_chain: id of the first chain; a shard of a larger run passes its offset.
         frozen_mask: bool `S` or `[n, *S]`; where True, x never moves (inpainting).
-        batch_size: chains per micro-batch; the default keeps gradients within 8 MiB.
+        batch_size: chains per micro-batch, all of whose steps run before the next starts. The default keeps gradients
+            within 8 MiB, and all of a step within half of the memory.
+        memory_limit: bytes, or text like "2GB": the micro-batch is the greatest whose step fits, as measured.
         compute_dtype: bfloat16 or float16 runs the models under autocast; x stays float32.
+        channels_last: models get images in that memory format.
+        compile: models run under torch.compile; the modules themselves are not touched.
+        stack_models: whether different models of one architecture run as one, their parameters stacked: "auto" where that
+            is measured to be faster for this shape on this machine (once; kept in the user's cache folder, and
+            EBMFAST_MEASURE=0 means branches), True, or False. `run.explain()` shows both times.
+        branches: "draw" samples an OR at the root branch by branch: every chain draws one with probability
+            softmax(log w + log Z), equal Z unless `DrawBranches(log_z=...)` gives them, and runs only that, at a K-th of
+            the cost. The proportions are exact, where chains from noise get them wrong. See `log_partition`.
+        check: on the first call of a model, see that the rows of a batch do not see each other.
         backend: "auto", "reference" or "cpu" (see `ebmfast doctor`).
         engine: "chain" runs whole chains in C++, "step" one batched forward-backward and one kernel per step; "auto" takes
             the chain engine where every leaf is a native energy (`ebmfast.energies`) on the cpu backend.
@@ -72,15 +86,18 @@ def sample(expr: Expression, n: int | None = None, shape=None, sampler: Sampler 
             energies fall without end (`ebmfast.guard` says when that is seen).
         Interrupted: Ctrl-C; its `state` resumes.
     """
-    run = prepare(expr, sampler, shape=shape, steps=steps, batch_size=batch_size, device=device,
-                  compute_dtype=compute_dtype, backend=backend, engine=engine, energies=energies,
+    run = prepare(expr, sampler, shape=shape, steps=steps, batch_size=batch_size, memory_limit=memory_limit, device=device,
+                  compute_dtype=compute_dtype, channels_last=channels_last, compile=compile, stack_models=stack_models,
+                  branches=branches, check=check, backend=backend, engine=engine, energies=energies,
                   on_nonfinite=on_nonfinite, allow_improper=allow_improper)
     return run(n, seed, conditions=conditions, x=x, init=init, first_chain=first_chain, frozen_mask=frozen_mask,
                trace=trace, callback=callback, progress=progress, resume=resume)
 
 
 def prepare(expr: Expression, sampler: Sampler | None = None, *, shape=None, steps: int | None = None,
-            batch_size: int | None = None, device=None, compute_dtype: torch.dtype | None = None,
+            batch_size: int | None = None, memory_limit: int | str | None = None, device=None,
+            compute_dtype: torch.dtype | None = None, channels_last: bool = False, compile: bool = False,
+            stack_models: bool | str = "auto", branches: str | DrawBranches | None = None, check: bool = True,
             backend: str = "auto", engine: str = "auto", energies: bool = True, on_nonfinite: str = "raise",
             allow_improper: bool = False) -> Run:
     """Check and plan a sampling run once; the result is called with `n`, `seed`, ... as in `sample`.
@@ -88,7 +105,9 @@ def prepare(expr: Expression, sampler: Sampler | None = None, *, shape=None, ste
     Model parameters are read at every call, so sampling, an optimizer step, and sampling again equals a fresh
     process. Arguments and errors are those of `sample`.
     """
-    plan = Plan(expr, compute_dtype)
+    stack = False if compile and stack_models == "auto" else stack_models
+    ways = {"channels_last": channels_last, "compile": compile, "stack": stack}
+    plan = Plan(expr, compute_dtype, **ways)
     if not isinstance(sampler, SAMPLERS):
         raise TypeError(f"`sampler` must be one of {', '.join(f'{s.__name__}(...)' for s in SAMPLERS)}, got {sampler!r}")
     levels = sampler.noise_levels()
@@ -101,6 +120,19 @@ def prepare(expr: Expression, sampler: Sampler | None = None, *, shape=None, ste
         _check_int("steps", steps, 0)
     if batch_size is not None:
         _check_int("batch_size", batch_size, 1)
+        if memory_limit is not None:
+            raise ValueError("`batch_size` and `memory_limit` exclude each other")
+    if memory_limit is not None:
+        memory_limit = memory.as_bytes(memory_limit)
+    if sampler.needs_energies:
+        plan.check_energies(type(sampler).__name__)
+    if branches is not None:
+        draw = DrawBranches() if branches == "draw" else branches
+        if not isinstance(draw, DrawBranches):
+            raise ValueError(f'`branches` must be "draw", a DrawBranches or None, got {branches!r}')
+        if engine == "chain":
+            raise ValueError('`branches` runs in the step engine; leave out engine="chain"')
+        branches, engine = Branches(plan, draw, ways), "step"
     if on_nonfinite not in ON_NONFINITE:
         raise ValueError(f"`on_nonfinite` must be one of {', '.join(ON_NONFINITE)}, got {on_nonfinite!r}")
     if engine not in ENGINES:
@@ -108,16 +140,19 @@ def prepare(expr: Expression, sampler: Sampler | None = None, *, shape=None, ste
     if backend != "auto":
         backends.resolve(backend, "cpu" if device is None else device)
     return Run(plan, sampler, None if shape is None else _shape(shape), steps, batch_size, device, backend, engine,
-               energies, on_nonfinite)
+               energies and plan.has_energies, on_nonfinite, memory_limit, branches, check)
 
 
 class Run:
     """A prepared sampling run; call it as often as you like."""
 
-    def __init__(self, plan, sampler, shape, steps, batch_size, device, backend, engine, energies, on_nonfinite):
+    def __init__(self, plan, sampler, shape, steps, batch_size, device, backend, engine, energies, on_nonfinite,
+                 memory_limit=None, branches: Branches | None = None, check: bool = True):
         self.plan, self.sampler, self.shape, self.steps = plan, sampler, shape, steps
         self.batch_size, self.device, self.backend_name, self.engine_name = batch_size, device, backend, engine
-        self.energies, self.on_nonfinite = energies, on_nonfinite
+        self.energies, self.on_nonfinite, self.check = energies, on_nonfinite, check
+        self.memory_limit, self.branches = memory_limit, branches
+        self.fitting: dict = {}  # micro-batches that fit the memory: by shape, dtype and device
         self._chains: dict[tuple[int, ...], Chain | NotNative] = {}
         self._quick: dict[int, QuickCall] = {}
         self._lock = threading.RLock()  # over the two
@@ -157,7 +192,11 @@ class Run:
         initial = self._initial(call, backend, init)
         frozen = _frozen_mask(frozen_mask, call)
         trace = Trace(every=trace) if isinstance(trace, int) else trace
+        if trace is not None and trace.energy:
+            self.plan.check_energies("Trace(energy=True)")
         chains = Chains(self, call, backend, chain, initial, frozen, trace, callback)
+        if self.branches is not None:
+            self.branches.check_temperature(*chains.coefficients.temperature())
         started = time.perf_counter()
         with Interrupt() as stop:
             chains.run(stop, progress)
@@ -171,7 +210,7 @@ class Run:
         if resume is None and QuickCall.fits(self, chain):
             self._quick[call.target] = QuickCall(self, chain, call.shape, call.target)
         return Result(chains.x, energy, leaf_energies, chains.trace_result(), chains.state(), report, chains.acceptance(),
-                      chains.step_size())
+                      chains.branch, chains.step_size())
 
     def explain(self) -> str:
         """The plan, the sampler, and the backend and engine that would run on this machine."""
@@ -184,6 +223,9 @@ class Run:
         else:
             return "\n".join(lines)
         lines.append(f"engine       step, {why}")
+        if self.branches is not None:
+            shares = ", ".join(f"{p:.3g}" for p in self.branches.probabilities.tolist())
+            lines.append(f"branches     drawn with probabilities {shares}; each chain runs its own")
         return "\n".join(lines)
 
     def _check(self, n, seed, steps, conditions, x, first_chain, resume) -> Call:
@@ -328,7 +370,7 @@ class Run:
             device=str(device), dtype=str(dtype).removeprefix("torch."),
             compute_dtype=str(self.plan.compute_dtype or dtype).removeprefix("torch."), seed=seed, first_chain=first_chain,
             chains=chains, steps=steps, micro_batch=batch, seconds=seconds, step_scale=repr(self.plan.expression.step_scale),
-            effective_temperature=coefficients.temperature(),
+            effective_temperature=coefficients.temperature(), models=self.plan.ways(),
             versions={"ebmfast": __version__, "torch": torch.__version__}, faults=sorted(faults, key=by_step))
 
 

@@ -173,6 +173,7 @@ class Report:
     versions: Mapping[str, str]
     captured: bool = False
     engine: str = "step"
+    models: str = ""
     faults: list[Fault] = field(default_factory=list)
 
     @property
@@ -201,15 +202,16 @@ class Result:
         acceptance: `[n]`, the share of proposals that a chain accepted, after its warm-up where it had one; None for samplers
             that accept every step.
         step_size: `[n]`, the step sizes that chains adapted in a warm-up, as of the last step; None where they did not.
+        branch: `[n]`, the branch of the OR at the root that a chain drew (branches="draw"), else None.
         state: a `SampleState` that resumes; its x is this one.
         report: a `Report` of what ran.
 
     `state` and `report` may be given as functions; they are made when they are first asked for.
     """
 
-    def __init__(self, x, energy, leaf_energies, trace, state, report, acceptance=None, step_size=None):
+    def __init__(self, x, energy, leaf_energies, trace, state, report, acceptance=None, branch=None, step_size=None):
         self.x, self.energy, self.leaf_energies, self.trace = x, energy, leaf_energies, trace
-        self.acceptance, self.step_size = acceptance, step_size
+        self.acceptance, self.branch, self.step_size = acceptance, branch, step_size
         self._state, self._report = state, report
 
     @property

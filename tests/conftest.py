@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -28,6 +29,7 @@ def require_backend(name: str) -> backends.Backend:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    os.environ.setdefault("EBMFAST_CACHE", tempfile.mkdtemp(prefix="ebmfast-cache-"))  # not the user's
     unknown = REQUIRED - set(backends.NAMES)
     if unknown:
         raise pytest.UsageError(

@@ -64,7 +64,7 @@ def test_chains_of_numbers(sampler):
 
 def test_one_gradient_per_step():
     model = ConditionalQuadratic()
-    draw(ef.Concept(model), ef.BAOAB(0.3), n=3, steps=20, shape=(2,))
+    draw(ef.Concept(model), ef.BAOAB(0.3), n=3, steps=20, shape=(2,), check=False)
     assert model.calls == 21  # and the first
 
 

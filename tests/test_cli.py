@@ -50,7 +50,7 @@ def test_sample_is_reproducible_and_shards(capsys, tmp_path):
 def test_the_plan_is_printed(capsys, tmp_path):
     args = [a for a in FEW if a != "--quiet"]
     _, text, _ = run(capsys, "sample", "shape('cube') | shape('sphere')", *args, "--out", tmp_path / "g.png")
-    for part in ("composition", "2 x B rows stacked", "Annealed([4", "backend      cpu", "there is an OR"):
+    for part in ("composition", "2 x B rows in one call", "Annealed([4", "backend      cpu", "there is an OR"):
         assert part in text
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ebmfast.models import NoiseConditionalEnergy
+from ebmfast.models import CubesNet, NoiseConditionalEnergy
 
 HOMOGRAPHY = (0.7, 0.0, 0.0, 0.0, -0.5, 0.0, 0.0, 0.1, 1.0)
 
@@ -107,3 +107,29 @@ def test_a_condition_of_the_wrong_width_raises():
     x, c, sigma = inputs(condition_dim=3)
     with pytest.raises(ValueError, match=r"`condition` must be \[5, 2\], got \[5, 3\]"):
         small()(x, c, sigma)
+
+
+def test_cubes_net_has_the_papers_size_and_conditions():
+    model = CubesNet(20)
+    assert sum(p.numel() for p in model.parameters()) == 2_179_201
+    x, c = torch.rand(2, 3, 64, 64), torch.eye(20)[:2]
+    same, other = model.eval()(x, c[:1].expand(2, -1)), model(x, c)
+    assert same.shape == (2, 1)
+    with torch.no_grad():
+        model.blocks[1].shift1[1] += 1.0
+        model.blocks[2].gain[1] *= 2.0
+    assert not torch.allclose(model(x, c)[1], other[1]) and torch.equal(model(x, c)[0], other[0])
+
+
+def test_cubes_net_folds_into_the_same_energies():
+    model = CubesNet(3, width=8)
+    for _ in range(20):
+        model(torch.rand(2, 3, 16, 16), torch.eye(3)[:2])  # the power iteration settles
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    x, c = torch.rand(4, 3, 16, 16), torch.rand(4, 3)
+    folded = model.folded()
+    assert model.training and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    torch.testing.assert_close(folded(x, c), model.eval()(x, c))
+    norms = {k: torch.linalg.matrix_norm(v.flatten(1), 2) for k, v in folded.state_dict().items() if v.ndim == 4}
+    for name, norm in norms.items():
+        assert norm < 1.05 and ("conv2" in name or norm > 0.95), (name, norm)

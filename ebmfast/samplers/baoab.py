@@ -92,7 +92,7 @@ class BAOABKernel(StepByStep):
             faults = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
         if carried is None:
             carried = self.sampler.carry(x, self.backend, step=step, frozen_mask=self.frozen_mask, **self.noise_id)
-        leaves = len(self.evaluator.plan.leaves)
+        leaves = self.evaluator.n_gradients
         self._ones, self._one = torch.ones(leaves, device=x.device), torch.ones(1, device=x.device)
         options = dict(self.noise_id, frozen_mask=self.frozen_mask, faults=faults, gradient_dtype=x.dtype)
         self._kick = self.backend.prepare(carried["momentum"], n_gradients=leaves, **options)

@@ -165,7 +165,7 @@ class LangevinKernel(StepByStep):
         """The state of chains `x` `[B, *S]` before step `step`; prepares the backend for this very tensor."""
         if faults is None:
             faults = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
-        leaves = len(self.evaluator.plan.leaves)
+        leaves = self.evaluator.n_gradients
         options = dict(self._fixed, faults=faults, gradient_dtype=x.dtype)
         self._ones = torch.ones(leaves, device=x.device)  # gradients come weighted
         self._move = self.backend.prepare(

@@ -59,6 +59,7 @@ class MetropolisKernel(StepByStep):
         self.coefficients, self.start = coefficients, start
         self.noise_id = {"seed": seed, "first_chain": first_chain}
         self.frozen_mask = frozen_mask
+        evaluator.need_energies()
 
     def init(self, x: torch.Tensor, step: int | None = None, faults: torch.Tensor | None = None,
              carried=None) -> LangevinState:
@@ -137,7 +138,7 @@ class MetropolisKernel(StepByStep):
     def _target(self, x, t: int, faults: torch.Tensor | None) -> Point:
         gradients, energies = self.evaluator.gradients(x, self._sigma)
         energies = [e.detach() if e.dtype is x.dtype else e.detach().to(x.dtype) for e in energies]
-        energy = self.evaluator.plan.program.evaluate(energies, self._sigma)
+        energy = self.evaluator.total(energies, self._sigma)
         gradient = gradients[0]
         for k in range(1, len(gradients)):
             gradient = gradient + gradients[k]
@@ -185,6 +186,7 @@ def plus(x: torch.Tensor, a: Coefficient, y: torch.Tensor) -> torch.Tensor:
 class Metropolis(Dynamics):
     """What the driver asks of a sampler that accepts or rejects."""
 
+    needs_energies = True
     best_acceptance: float  # what a warm-up aims at unless told
 
     @property
