@@ -53,6 +53,8 @@ class MetropolisKernel(StepByStep):
     stands has a fault; a proposal where they are not is rejected.
     """
 
+    energies_here = True
+
     def __init__(self, sampler, evaluator, backend, coefficients: Coefficients, start: int, *, seed: int, first_chain: int,
                  frozen_mask: torch.Tensor | None = None):
         self.sampler, self.evaluator, self.backend = sampler, evaluator, backend
