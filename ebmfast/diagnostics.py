@@ -81,7 +81,8 @@ class Diagnostics:
 
     def __str__(self):
         worst = f"R-hat at most {self.rhat.max():.3f}, effective draws at least {self.ess.min():,.0f}"
-        return f"{worst}, of the energy {self.energy_rhat:.3f} and {self.energy_ess:,.0f}, {self.chains} chains x {self.draws} draws"
+        energy = f"of the energy {self.energy_rhat:.3f} and {self.energy_ess:,.0f}"
+        return f"{worst}, {energy}, {self.chains} chains x {self.draws} draws"
 
 
 class Stream:
