@@ -311,6 +311,29 @@ class CpuBackend(Backend):
     def info(self) -> dict[str, object]:
         return {"backend": self.name, "isa": core.isa(), "threads": torch.get_num_threads()}
 
+    def accept(self, current, proposed, log_ratio, faults, **noise_id) -> torch.Tensor:
+        batch = log_ratio.shape[0]
+        fits = log_ratio.dtype is torch.float32 and log_ratio.is_contiguous()
+        for old, new in zip(current, proposed, strict=True):
+            same = old.dtype is new.dtype and old.shape == new.shape and new.device.type == "cpu"
+            fits = fits and same and old.is_contiguous() and new.is_contiguous()
+        if not fits:
+            return super().accept(current, proposed, log_ratio, faults, **noise_id)
+        rows = [
+            (old.data_ptr(), new.data_ptr(), old.nbytes // max(batch, 1)) for old, new in zip(current, proposed)
+        ]
+        accepted = torch.empty(batch, dtype=torch.bool)
+        core.accept(
+            rows,
+            log_ratio.data_ptr(),
+            faults.data_ptr(),
+            accepted.data_ptr(),
+            batch,
+            stream=rng.ACCEPT,
+            **noise_id,
+        )
+        return accepted
+
     def _plan(self, x, **options) -> Plan:
         return _CpuPlan(x, **options)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -14,6 +15,7 @@ import torch
 from . import memory
 from .chain import Chain
 from .coupling import check_rows
+from .diagnostics import Diagnostics, Stream, summarise
 from .guard import RAN_AWAY, Guard
 from .samplers.langevin import StepByStep
 from .state import Fault, NonFiniteError, RunawayError, SampleState, TraceResult
@@ -77,6 +79,7 @@ class Chains:
         self.carried = self._carry()
         self.captured: list[bool] = []  # of every micro-batch that ran
         self._kept: dict[int, list] = {}
+        self._streams: dict[int, Stream] = {}
         self._accepted: torch.Tensor | None = None
 
     def acceptance(self) -> torch.Tensor | None:
@@ -112,7 +115,7 @@ class Chains:
         """Take every chain to the target step, unless `stop` is requested."""
         slices = list(self._rows())
         total = sum(max(0, self.call.target - int(self.step[s.start])) for s in slices)
-        bar = _bar(total, progress)
+        bar = Bar(total) if progress else None
         try:
             for rows in slices:
                 self._run_slice(rows, stop, bar)
@@ -162,8 +165,8 @@ class Chains:
         kernel = self.run_.captures.wrap(
             kernel, self.backend, call.device, watched=self.callback is not None, at_once=at_once)
         state = kernel.init(x, first, faults, {name: values[rows] for name, values in self.carried.items()})
-        plan, watched = self.run_.plan, isinstance(kernel, StepByStep) and call.target - first > CHECK_EVERY
-        guard = Guard(evaluator.total, self.coefficients, plan.data_range, x, first) if watched else None
+        watched = isinstance(kernel, StepByStep) and call.target - first > CHECK_EVERY
+        guard = Guard(evaluator.total, self.coefficients, self.run_.plan.data_range, x, first) if watched else None
         looked = first
         while state.step < call.target and not stop.requested:
             before = state.step
@@ -175,9 +178,9 @@ class Chains:
                     self._handle_faults(rows, kernel, state, guard)
                 looked = state.step
             if self.callback is not None or self.trace is not None:
-                self._observe(rows, state.step - 1, evaluator)
+                self._observe(rows, state.step - 1, evaluator, kernel)
             if bar is not None:
-                bar.update(state.step - before)
+                bar.update(state.step - before, kernel, evaluator, self.x[rows], self._sigma_of(state.step - 1))
         self.captured.append(getattr(kernel, "captured", False))
         self.step[rows] = state.step
         self._handle_faults(rows, kernel, state, guard)
@@ -195,17 +198,41 @@ class Chains:
             until = min(until, step - step % self.trace.every + self.trace.every)
         return until
 
-    def _observe(self, rows: slice, t: int, evaluator) -> None:
-        sigma = self._sigma_of(t)
+    def _observe(self, rows: slice, t: int, evaluator, kernel) -> None:
+        sigma, trace = self._sigma_of(t), self.trace
         if self.callback is not None:
             self.callback(StepInfo(t + 1, self.call.first_chain + rows.start, self.x[rows], sigma))
             evaluator.refresh()
-        if self.trace is None or (t + 1) % self.trace.every:
+        if trace is None or (t + 1) % trace.every:
             return
         with torch.no_grad():
-            x = self.x[rows]
-            energy = evaluator.total(evaluator.energies(x, sigma), sigma) if self.trace.energy else None
-        self._kept.setdefault(t + 1, []).append((rows.start, energy, x.clone() if self.trace.states else None))
+            x, energy = self.x[rows], None
+            if trace.energy or trace.diagnostics:
+                known = kernel.energies_here and self.run_.on_nonfinite != "restart"
+                energies = kernel.info.leaf_energies if known else evaluator.energies(x, sigma)
+                energy = evaluator.total(energies, sigma)
+                energy = energy.clone() if known else energy
+            if trace.diagnostics:
+                self._diagnose(rows, t, x, energy)
+        if trace.energy or trace.states:
+            kept = rows.start, energy if trace.energy else None, x.clone() if trace.states else None
+            self._kept.setdefault(t + 1, []).append(kept)
+
+    def _diagnose(self, rows: slice, t: int, x: torch.Tensor, energy: torch.Tensor) -> None:
+        values = x if self.trace.summary is None else self.trace.summary(x)
+        if values.shape[:1] != x.shape[:1]:
+            raise ValueError(f"`summary` must give one row per chain, [{len(x)}, ...], got {list(values.shape)}")
+        self._summary_shape = tuple(values.shape[1:])
+        values = torch.cat([energy[:, None].double(), values.reshape(len(x), -1).double()], 1)
+        if rows.start not in self._streams:
+            draws = self.call.target // self.trace.every - t // self.trace.every
+            self._streams[rows.start] = Stream(len(x), values.shape[1], draws, x.device)
+        self._streams[rows.start].add(values)
+
+    def _diagnostics(self) -> Diagnostics | None:
+        if len(self._streams) < len(list(self._rows())):
+            return None
+        return summarise([self._streams[k] for k in sorted(self._streams)], self.faults == 0, self._summary_shape)
 
     def _sigma_of(self, step: int) -> float | None:
         return self.coefficients.sigma[step - self.call.base]
@@ -293,7 +320,7 @@ class Chains:
             return torch.stack(rows) if rows else None
 
         return TraceResult(torch.tensor(steps, dtype=torch.int64), stack(1) if self.trace.energy else None,
-                           stack(2) if self.trace.states else None)
+                           stack(2) if self.trace.states else None, self._diagnostics() if self._streams else None)
 
     def state(self) -> SampleState:
         """Where every chain stands; its `x` is the result's."""
@@ -329,11 +356,34 @@ class Interrupt:
         self.requested = True
 
 
-def _bar(total: int, progress: bool):
-    if not progress:
-        return None
-    from tqdm import tqdm
-    return tqdm(total=total, unit="step", desc="sampling")
+class Bar:
+    """A progress bar; mean energy and acceptance are read, at most a few times a second, of the chains that run."""
+
+    PATIENCE = 0.3  # seconds
+
+    def __init__(self, total: int):
+        from tqdm import tqdm
+        self._bar, self._shown = tqdm(total=total, unit="step", desc="sampling"), 0.0
+
+    def update(self, steps: int, kernel, evaluator, x: torch.Tensor, sigma: float | None) -> None:
+        """`steps` more steps are done."""
+        self._bar.update(steps)
+        now = time.monotonic()
+        if now - self._shown < self.PATIENCE:
+            return
+        self._shown = now
+        info = getattr(kernel, "info", None)
+        with torch.no_grad():
+            leaves = [e.detach() for e in info.leaf_energies] if info is not None else evaluator.energies(x, sigma)
+            energy, acceptance = float(evaluator.total(leaves, sigma).mean()), kernel.acceptance()
+        shown = {"energy": f"{energy:.4g}"} if math.isfinite(energy) else {}  # scores have none
+        if acceptance is not None:
+            shown["acceptance"] = f"{float(acceptance.mean()):.2f}"
+        self._bar.set_postfix(shown, refresh=False)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        self._bar.close()
 
 
 def _default_batch(call: Call, leaves: int) -> int:

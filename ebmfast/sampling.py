@@ -128,7 +128,7 @@ def prepare(expr: Expression, sampler: Sampler | None = None, *, shape=None, ste
             raise ValueError("`batch_size` and `memory_limit` exclude each other")
     if memory_limit is not None:
         memory_limit = memory.as_bytes(memory_limit)
-    if getattr(sampler, "needs_energies", False):
+    if sampler.needs_energies:
         plan.check_energies(type(sampler).__name__)
     if branches is not None:
         draw = DrawBranches() if branches == "draw" else branches
@@ -219,7 +219,7 @@ class Run:
         if resume is None and QuickCall.fits(self, chain):
             self._quick[call.target] = QuickCall(self, chain, call.shape, call.target)
         return Result(chains.x, energy, leaf_energies, chains.trace_result(), chains.state(), report, chains.acceptance(),
-                      chains.step_size(), chains.branch)
+                      chains.branch, chains.step_size())
 
     def explain(self) -> str:
         """The plan, the sampler, and the backend and engine that would run on this machine."""

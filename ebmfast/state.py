@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from .diagnostics import Diagnostics
 
 FORMAT = "ebmfast-state-1"
 
@@ -72,25 +75,43 @@ class Interrupted(KeyboardInterrupt):
 class Trace:
     """What to keep while chains run: every `every` steps, the energy per chain, and the states if asked.
 
-    Each kept step costs one forward pass; states cost memory.
+    Each kept step costs one forward pass (MALA and HMC know their energies); states cost memory. `diagnostics` follows how
+    chains mix without keeping anything but moments (`TraceResult.diagnostics`): of the energy, and of every element of x or
+    of `summary(x)` `[B, *S]` → `[B, Q]`, for instance a few features of pictures; it costs 7·Q float64 numbers per chain.
     """
 
     every: int = 1
     energy: bool = True
     states: bool = False
+    diagnostics: bool = False
+    summary: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def __post_init__(self):
         if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
             raise ValueError(f"`every` must be a positive number of steps, got {self.every!r}")
+        if self.summary is not None and not self.diagnostics:
+            raise ValueError("`summary` belongs to diagnostics=True")
 
 
 @dataclass
 class TraceResult:
-    """`steps` `[T]` (counted from the chain's first), `energy` `[T, n]` and `x` `[T, n, *S]`, or None."""
+    """`steps` `[T]` (counted from the chain's first), `energy` `[T, n]` and `x` `[T, n, *S]`, or None.
+
+    `diagnostics` are those of this call's draws, of chains without a fault; None where they were not asked for, or for
+    fewer than 4 draws, or where an interrupt left chains at different steps.
+    """
 
     steps: torch.Tensor
     energy: torch.Tensor | None
     x: torch.Tensor | None
+    diagnostics: Diagnostics | None = None
+
+    def arviz(self) -> dict[str, dict[str, np.ndarray]]:
+        """What was kept as `arviz.from_dict` takes it (`**` of it before ArviZ 1.0): groups of arrays `[chain, draw, ...]`."""
+        kept = {"energy": self.energy, "x": self.x}
+        posterior = {k: v.transpose(0, 1).detach().cpu().numpy() for k, v in kept.items() if v is not None}
+        groups = {"posterior": posterior}
+        return groups | {"sample_stats": {"lp": -posterior["energy"]}} if "energy" in posterior else groups
 
 
 @dataclass
@@ -210,9 +231,9 @@ class Result:
     `state` and `report` may be given as functions; they are made when they are first asked for.
     """
 
-    def __init__(self, x, energy, leaf_energies, trace, state, report, acceptance=None, step_size=None, branch=None):
+    def __init__(self, x, energy, leaf_energies, trace, state, report, acceptance=None, branch=None, step_size=None):
         self.x, self.energy, self.leaf_energies, self.trace = x, energy, leaf_energies, trace
-        self.acceptance, self.step_size, self.branch = acceptance, step_size, branch
+        self.acceptance, self.branch, self.step_size = acceptance, branch, step_size
         self._state, self._report = state, report
 
     @property

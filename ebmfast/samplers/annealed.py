@@ -108,6 +108,11 @@ class Annealed(Dynamics):
         return self.inner.clamp
 
     @property
+    def needs_energies(self) -> bool:
+        """Whether `inner` needs energies beside gradients."""
+        return self.inner.needs_energies
+
+    @property
     def carried(self) -> tuple[str, ...]:
         """What `inner` carries from step to step."""
         return self.inner.carried

@@ -10,6 +10,7 @@ class Dynamics:
 
     steps: int | None = None  # of a whole run, where the sampler fixes it
     clamp: tuple[float, float] | None = None  # the bounds of the domain, where there are any
+    needs_energies: bool = False  # beside gradients
     carried: tuple[str, ...] = ()  # names of the tensors beside x that belong to a chain's state
 
     def noise_levels(self) -> tuple[float, ...] | None:

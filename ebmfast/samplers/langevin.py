@@ -131,6 +131,7 @@ class Kernel:
     """What the driver asks of chains that run, with the answers of those that are never rejected."""
 
     stride = 1  # steps that `advance` is best asked for
+    energies_here = False  # whether the energies of `info` are those where chains stand after the step
 
     def acceptance(self) -> torch.Tensor | None:
         """The share of proposals that each chain accepted since `init`, `[B]`; None where every step is taken."""

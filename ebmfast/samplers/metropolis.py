@@ -53,6 +53,8 @@ class MetropolisKernel(StepByStep):
     stands has a fault; a proposal where they are not is rejected.
     """
 
+    energies_here = True
+
     def __init__(self, sampler, evaluator, backend, coefficients: Coefficients, start: int, *, seed: int, first_chain: int,
                  frozen_mask: torch.Tensor | None = None):
         self.sampler, self.evaluator, self.backend = sampler, evaluator, backend
@@ -175,7 +177,7 @@ class MetropolisKernel(StepByStep):
 
 def squared_norm(rows: torch.Tensor) -> torch.Tensor:
     """|row|² of every chain, `[B]`."""
-    return rows.reshape(len(rows), -1).square().sum(1)
+    return rows.reshape(rows.shape[0], -1).square().sum(1)
 
 
 def plus(x: torch.Tensor, a: Coefficient, y: torch.Tensor) -> torch.Tensor:
