@@ -158,6 +158,7 @@ class Run:
         self.memory_limit, self.branches = memory_limit, branches
         self.captures = Captures(capture)
         self.fitting: dict = {}  # micro-batches that fit the memory: by shape, dtype and device
+        self.halved: dict = {}  # micro-batches after memory was out: by shape and device
         self._chains: dict[tuple[int, ...], Chain | NotNative] = {}
         self._quick: dict[int, QuickCall] = {}
         self._lock = threading.RLock()  # over the two
@@ -214,6 +215,7 @@ class Run:
             backend=backend.name, info=backend.info(), engine="step" if chain is None else "chain", device=call.device,
             dtype=call.dtype, seed=call.seed, first_chain=call.first_chain, chains=call.n, steps=call.target - call.base,
             batch=chains.batch, seconds=time.perf_counter() - started, coefficients=chains.coefficients, faults=chains.faults_seen)
+        report.halved_from = chains.halved_from
         report.captured = bool(chains.captured) and all(chains.captured)
         report.uncaptured = None if report.captured or call.device.type not in GRAPHS else self.captures.reason
         if resume is None and QuickCall.fits(self, chain):

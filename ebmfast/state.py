@@ -194,6 +194,7 @@ class Report:
     versions: Mapping[str, str]
     captured: bool = False
     uncaptured: str | None = None  # why not
+    halved_from: int | None = None  # the micro-batch with which memory was out
     engine: str = "step"
     models: str = ""
     faults: list[Fault] = field(default_factory=list)

@@ -129,11 +129,6 @@ class Annealed(Dynamics):
         """Standard deviation of `init="normal"`: the first noise level."""
         return self.sigmas[0]
 
-    @property
-    def needs_energies(self) -> bool:
-        """Whether `inner` accepts or rejects."""
-        return getattr(self.inner, "needs_energies", False)
-
     def native_options(self) -> dict | None:
         """What the chain engine has to know of a step beside its coefficients."""
         return self.inner.native_options()
