@@ -4,7 +4,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 CMAKE := $(or $(shell command -v cmake 2>/dev/null),$(VENV)/bin/cmake)
 NATIVE := $(wildcard csrc/* csrc/*/* cmake/*) CMakeLists.txt
-INTERPRETED := $(addprefix tests/,test_triton.py test_step.py test_rng.py test_accept.py)
+INTERPRETED := $(addprefix tests/,test_triton.py test_capture.py test_step.py test_rng.py test_accept.py)
 
 .PHONY: demo test lint bench sanitize clean
 

@@ -51,7 +51,7 @@ def _step(
     plan = step.StepPlan(torch.zeros(shape), n_gradients=k, **(fixed | options))
     per_chain = options.get("weights_per_chain", False)
     gradients, weights = torch.zeros((k, *shape), dtype=dtype), torch.zeros((k, shape[0]) if per_chain else (k,))
-    time = (torch.zeros(60), torch.zeros(60), torch.zeros(1, dtype=torch.int64)) if graph else (0.1, 0.3, 5)
+    time = (torch.zeros(60), torch.zeros(60), torch.zeros(step.CLOCK, dtype=torch.int64)) if graph else (0.1, 0.3, 5)
     return lambda: plan(gradients, weights, *time)
 
 

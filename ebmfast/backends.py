@@ -53,6 +53,7 @@ class Backend(abc.ABC):
     dtypes: tuple[torch.dtype, ...] = (torch.float32,)
     gradient_dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)  # of a float32 state
     home: str = "cpu"  # a type of device that it works on
+    captures: bool = False  # whether plans read step, schedules, seed and first chain from device memory
 
     @abc.abstractmethod
     def _plan(
@@ -367,8 +368,10 @@ class CudaBackend(Backend):
 class TritonBackend(Backend):
     """Triton kernels, in stream order. Not in "auto": compiled and run by the interpreter, never run on a GPU.
 
-    Its plans also take drift, noise and step as tensors on the device, for a captured graph: `ebmfast.kernels.step`.
+    Its plans also take drift, noise and a clock as tensors on the device, for a captured graph: `ebmfast.kernels.step`.
     """
+
+    captures = True
 
     name = "triton"
     gradient_dtypes = (torch.float32, torch.bfloat16, torch.float16)
@@ -450,7 +453,7 @@ class _TritonPlan(_CheckedPlan):
 
     def _check_schedules(self, drift: torch.Tensor, noise: torch.Tensor, step: torch.Tensor) -> None:
         device = self._device
-        _checks.check_tensor("step", step, dtypes=[torch.int64], device=device, shapes=[(1,)])
+        _checks.check_tensor("step", step, dtypes=[torch.int64], device=device, shapes=[(4,)])
         _checks.check_tensor("drift", drift, dtypes=[torch.float32], device=device, shapes=[drift.shape[:1]])
         _checks.check(len(drift) > 0, "drift", "of shape [T], T > 0", list(drift.shape))
         _checks.check_tensor("noise", noise, dtypes=[torch.float32], device=device, shapes=[drift.shape])

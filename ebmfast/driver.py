@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -77,6 +78,7 @@ class Chains:
         self.step, self.faults = call.step.clone(), call.faults.clone()
         self.faults_seen: set[Fault] = set()
         self.carried = self._carry()
+        self.captured: list[bool] = []  # of every micro-batch that ran
         self._kept: dict[int, list] = {}
         self._streams: dict[int, Stream] = {}
         self._accepted: torch.Tensor | None = None
@@ -156,10 +158,13 @@ class Chains:
             return
         x, faults, evaluator = self.x[rows], self.faults[rows], self._evaluator(rows)
         if self.run_.check and self.chain is None:
-            check_rows(evaluator, x, self.coefficients.sigma[first - call.base])
+            check_rows(evaluator, x, self._sigma_of(first))
         kernel = self.run_.sampler.bind(
             evaluator, self.backend, self.coefficients, call.base, seed=call.seed,
             first_chain=call.first_chain + rows.start, frozen_mask=self._frozen_rows(rows))
+        at_once = self.run_.on_nonfinite == "restart"
+        kernel = self.run_.captures.wrap(
+            kernel, self.backend, call.device, watched=self.callback is not None, at_once=at_once)
         state = kernel.init(x, first, faults, {name: values[rows] for name, values in self.carried.items()})
         watched = isinstance(kernel, StepByStep) and call.target - first > CHECK_EVERY
         guard = Guard(evaluator.total, self.coefficients, self.run_.plan.data_range, x, first) if watched else None
@@ -167,15 +172,17 @@ class Chains:
         while state.step < call.target and not stop.requested:
             before = state.step
             state = kernel.advance(state, self._until(before, kernel.stride))
-            if state.step - looked >= (1 if self.run_.on_nonfinite == "restart" else CHECK_EVERY):
-                if guard is not None and state.step >= guard.due:
+            if state.step - looked >= (1 if at_once else CHECK_EVERY):
+                if guard is not None and state.step >= guard.due and kernel.info is not None:
                     guard.look(state, kernel.info.leaf_energies, self._sigma_of(state.step - 1))
-                self._handle_faults(rows, kernel, state, guard)
+                if kernel.suspect(state):
+                    self._handle_faults(rows, kernel, state, guard)
                 looked = state.step
             if self.callback is not None or self.trace is not None:
                 self._observe(rows, state.step - 1, evaluator, kernel)
             if bar is not None:
                 bar.update(state.step - before, kernel, evaluator, self.x[rows], self._sigma_of(state.step - 1))
+        self.captured.append(getattr(kernel, "captured", False))
         self.step[rows] = state.step
         self._handle_faults(rows, kernel, state, guard)
         accepted = kernel.acceptance()
@@ -367,10 +374,11 @@ class Bar:
             return
         self._shown = now
         info = getattr(kernel, "info", None)
-        with torch.no_grad():
+        acceptance, energy = kernel.acceptance(), math.nan
+        with torch.no_grad(), suppress(ValueError):  # of scores, which have no energies
             leaves = [e.detach() for e in info.leaf_energies] if info is not None else evaluator.energies(x, sigma)
-            energy, acceptance = float(evaluator.total(leaves, sigma).mean()), kernel.acceptance()
-        shown = {"energy": f"{energy:.4g}"} if math.isfinite(energy) else {}  # scores have none
+            energy = float(evaluator.total(leaves, sigma).mean())
+        shown = {"energy": f"{energy:.4g}"} if math.isfinite(energy) else {}
         if acceptance is not None:
             shown["acceptance"] = f"{float(acceptance.mean()):.2f}"
         self._bar.set_postfix(shown, refresh=False)

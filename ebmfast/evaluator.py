@@ -6,9 +6,10 @@ bound and again after a callback.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -66,12 +67,15 @@ class Evaluator:
     def __init__(self, plan: Plan, x: Tensor, rows: Mapping[str, Tensor]):
         self.plan = plan
         self.batch = x.shape[0]
-        self._device, self._dtype = x.device, x.dtype
+        self.device, self._dtype = x.device, x.dtype
         self.passes: list[Pass | Stacked] = [self._lay_out(group, rows) for group in plan.groups]
         self._sigmas: dict = {}
         self._layouts: dict = {}
         self._zeros: Tensor | None = None
         self._need_energies = False
+        self._cache_casts = True
+        self._levels: Tensor | None = None  # while steps are captured: the noise level of every row, in device memory,
+        self._fork: Callable | None = None  # and what runs passes side by side
         self._all = (True,) * len(plan.leaves)
         plan.refresh()
         if plan.may_stack and self.batch:
@@ -100,11 +104,11 @@ class Evaluator:
             raise ValueError(f"conditions of one model differ in width: {x.name} has {a} numbers, {y.name} has {b}")
         width = next(iter(widths))
         parts = [torch.zeros(batch, width) if p is None else p for p, _ in found]
-        condition = torch.cat([p.to(self._device, self._dtype) for p in parts])
+        condition = torch.cat([p.to(self.device, self._dtype) for p in parts])
         keep = None
         if source.takes_keep:
             flags = torch.tensor([float(p is not None) for p, _ in found])
-            keep = flags.repeat_interleave(batch).to(self._device, self._dtype)
+            keep = flags.repeat_interleave(batch).to(self.device, self._dtype)
         return Pass(group, [ks for _, ks in found], condition, keep)
 
     def _layout(self, live: tuple[bool, ...]) -> Layout:
@@ -153,6 +157,31 @@ class Evaluator:
         for p in self.passes:
             if isinstance(p, Stacked):
                 p.load()
+
+    @contextmanager
+    def captured(self, levels: Tensor | None, fork: Callable | None = None) -> Iterator[None]:
+        """Inside, models read noise levels from `levels` `[rows]`, autocast keeps no copies of parameters, and `fork`, if there
+        is one, runs the passes."""
+        self._levels, self._fork, self._cache_casts = levels, fork, False
+        try:
+            yield
+        finally:
+            self._levels, self._fork, self._cache_casts = None, None, True
+
+    @property
+    def structure(self) -> tuple:
+        """What evaluators have in common that can take each other's conditions."""
+        return tuple((tuple(map(tuple, p.blocks)), p.form if isinstance(p, Pass) else tuple(m.form for m in p.members))
+                     for p in self.passes)
+
+    def assign(self, other: Evaluator) -> None:
+        """Take the conditions of an evaluator of the same `structure`, in place."""
+        for live in self._layouts:
+            mine, theirs = self._layout(live), other._layout(live)
+            for p, q in zip((*mine.passes, *mine.given), (*theirs.passes, *theirs.given)):
+                for name in ("condition", "keep"):
+                    if getattr(p, name) is not None and getattr(p, name) is not getattr(q, name):
+                        getattr(p, name).copy_(getattr(q, name))
 
     def energies(self, x: Tensor, sigma: float | None = None) -> list[Tensor]:
         """E_k(x), K tensors `[B]` in leaf order; differentiable with respect to `x`."""
@@ -222,7 +251,7 @@ class Evaluator:
         return [self._constant(0.0) if e is None else e for e in out]
 
     def _constant(self, value: float) -> Tensor:
-        return torch.full((self.batch,), value, dtype=self._dtype, device=self._device)
+        return torch.full((self.batch,), value, dtype=self._dtype, device=self.device)
 
     def _cotangents(self, layout: Layout, energies, sigma) -> list[Tensor]:
         """Per pass the program's weights w_k = ∂E/∂E_k, `[len(pass) x B]`."""
@@ -232,7 +261,7 @@ class Evaluator:
                 constant = program.constant_weights(sigma)
                 weights = [[sum(constant[k] for k in ks) for ks in p.blocks] for p in passes]
                 layout.cotangents[sigma] = [
-                    torch.tensor(w, dtype=self._dtype).repeat_interleave(self.batch).to(self._device) for w in weights]
+                    torch.tensor(w, dtype=self._dtype).repeat_interleave(self.batch).to(self.device) for w in weights]
             return layout.cotangents[sigma]
         weights = program.weights([e.detach() for e in energies], sigma)
         weights = [w.to(self._dtype) if isinstance(w, Tensor) else self._constant(w) for w in weights]
@@ -241,9 +270,11 @@ class Evaluator:
 
     def _outputs(self, passes: list, xs, sigma) -> list[Tensor]:
         """Energies `[len(pass) x B]` of every pass."""
-        if self.plan.compute_dtype is None:
+        if self.plan.compute_dtype is None and self._fork is None:
             return [self._call(p, x, sigma) for p, x in zip(passes, xs)]
         with self._precision():
+            if self._fork is not None and len(passes) > 1:
+                return self._fork([partial(self._call, p, x, sigma) for p, x in zip(passes, xs)])
             return [self._call(p, x, sigma) for p, x in zip(passes, xs)]
 
     def rows(self, p: Pass, x: Tensor, sigma: float | None) -> Tensor:
@@ -264,7 +295,7 @@ class Evaluator:
 
     def _precision(self):
         dtype = self.plan.compute_dtype
-        return nullcontext() if dtype is None else torch.autocast(self._device.type, dtype=dtype)
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype, cache_enabled=self._cache_casts)
 
     def _arguments(self, p: Pass, x: Tensor, sigma) -> tuple[tuple, dict]:
         """What a model is called with."""
@@ -323,9 +354,11 @@ class Evaluator:
         return ", ".join(self.plan.leaves[k].name for ks in p.blocks for k in ks)
 
     def _sigma(self, sigma: float, rows: int) -> Tensor:
+        if self._levels is not None:
+            return self._levels[:rows]
         key = (sigma, rows)
         if key not in self._sigmas:
-            self._sigmas[key] = torch.full((rows,), sigma, device=self._device, dtype=self._dtype)
+            self._sigmas[key] = torch.full((rows,), sigma, device=self.device, dtype=self._dtype)
         return self._sigmas[key]
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,13 @@ class _Block(nn.Module):
         scale, shift = self.film(embedding)[:, :, None, None].chunk(2, dim=1)
         y = self.conv1(F.silu(x)) * (1.0 + scale) + shift
         return self.bypass(x) + self.conv2(F.silu(y))
+
+
+@lru_cache(maxsize=64)
+def _matrix(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Nine numbers as a matrix; made once, for a copy to a GPU waits for it and cannot be captured."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype, device=device).view(3, 3)
 
 
 class NoiseConditionalEnergy(nn.Module):
@@ -138,7 +146,7 @@ class NoiseConditionalEnergy(nn.Module):
         coordinates = torch.stack([u, v]).expand(x.shape[0], 2, height, width)
         if self.homography is None:
             return coordinates
-        matrix = torch.tensor(self.homography, dtype=x.dtype, device=x.device).view(3, 3)
+        matrix = _matrix(self.homography, x.dtype, x.device)
         point = F.pad(condition, (0, 1), value=1.0) @ matrix.T
         cu, cv = (point[:, i] / point[:, 2] for i in (0, 1))
         distance = (u - cu[:, None, None]).square() + (v - cv[:, None, None]).square()

@@ -111,8 +111,19 @@ class Program:
         return out
 
     def _logits(self, energies, values) -> torch.Tensor:
-        logs = energies[0].new_tensor(values[1:]).reshape(-1, *[1] * energies[0].ndim)
+        logs = self._on_device(tuple(values[1:]), energies[0]).reshape(-1, *[1] * energies[0].ndim)
         return torch.stack(list(energies)) * -values[0] + logs
+
+    @cached_property
+    def _constants(self) -> dict:
+        return {}
+
+    def _on_device(self, values: tuple[float, ...], like: torch.Tensor) -> torch.Tensor:
+        """Numbers as a tensor; made once, since a copy to a GPU waits for it and cannot be captured."""
+        key = values, like.dtype, like.device
+        if key not in self._constants:
+            self._constants[key] = like.new_tensor(values)
+        return self._constants[key]
 
     def _reverse(self, leaf_energies, sigma) -> list:
         nodes = list(self._nodes(sigma))

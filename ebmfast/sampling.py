@@ -11,6 +11,7 @@ import torch
 
 from . import backends, memory, rng
 from .branches import Branches, DrawBranches
+from .capture import GRAPHS, Captures
 from .chain import Chain, NotNative
 from .composition import Expression
 from .driver import Call, Chains, Interrupt, by_step
@@ -29,7 +30,7 @@ def sample(expr: Expression, n: int | None = None, shape=None, sampler: Sampler 
            batch_size: int | None = None, memory_limit: int | str | None = None, device=None,
            compute_dtype: torch.dtype | None = None, channels_last: bool = False, compile: bool = False,
            stack_models: bool | str = "auto", branches: str | DrawBranches | None = None, check: bool = True,
-           backend: str = "auto", engine: str = "auto", trace: Trace | int | None = None,
+           capture: bool = True, backend: str = "auto", engine: str = "auto", trace: Trace | int | None = None,
            callback: Callable | None = None, progress: bool = False, energies: bool = True, on_nonfinite: str = "raise",
            resume: SampleState | None = None, allow_improper: bool = False) -> Result:
     """Draw chains of the composition `expr`: `prepare(expr, sampler, ...)` and one call of it.
@@ -64,6 +65,9 @@ def sample(expr: Expression, n: int | None = None, shape=None, sampler: Sampler 
             softmax(log w + log Z), equal Z unless `DrawBranches(log_z=...)` gives them, and runs only that, at a K-th of
             the cost. The proportions are exact, where chains from noise get them wrong. See `log_partition`.
         check: on the first call of a model, see that the rows of a batch do not see each other.
+        capture: on a CUDA device with backend="triton", steps are recorded once as a CUDA graph and replayed; what cannot be
+            recorded runs as it is, and `report.uncaptured` and `run.explain()` say why. False never records. What a model
+            computes on the host, from numbers that are not its parameters, is recorded as it was.
         backend: "auto", "reference" or "cpu" (see `ebmfast doctor`).
         engine: "chain" runs whole chains in C++, "step" one batched forward-backward and one kernel per step; "auto" takes
             the chain engine where every leaf is a native energy (`ebmfast.energies`) on the cpu backend.
@@ -88,7 +92,7 @@ def sample(expr: Expression, n: int | None = None, shape=None, sampler: Sampler 
     """
     run = prepare(expr, sampler, shape=shape, steps=steps, batch_size=batch_size, memory_limit=memory_limit, device=device,
                   compute_dtype=compute_dtype, channels_last=channels_last, compile=compile, stack_models=stack_models,
-                  branches=branches, check=check, backend=backend, engine=engine, energies=energies,
+                  branches=branches, check=check, capture=capture, backend=backend, engine=engine, energies=energies,
                   on_nonfinite=on_nonfinite, allow_improper=allow_improper)
     return run(n, seed, conditions=conditions, x=x, init=init, first_chain=first_chain, frozen_mask=frozen_mask,
                trace=trace, callback=callback, progress=progress, resume=resume)
@@ -98,7 +102,7 @@ def prepare(expr: Expression, sampler: Sampler | None = None, *, shape=None, ste
             batch_size: int | None = None, memory_limit: int | str | None = None, device=None,
             compute_dtype: torch.dtype | None = None, channels_last: bool = False, compile: bool = False,
             stack_models: bool | str = "auto", branches: str | DrawBranches | None = None, check: bool = True,
-            backend: str = "auto", engine: str = "auto", energies: bool = True, on_nonfinite: str = "raise",
+            capture: bool = True, backend: str = "auto", engine: str = "auto", energies: bool = True, on_nonfinite: str = "raise",
             allow_improper: bool = False) -> Run:
     """Check and plan a sampling run once; the result is called with `n`, `seed`, ... as in `sample`.
 
@@ -140,18 +144,19 @@ def prepare(expr: Expression, sampler: Sampler | None = None, *, shape=None, ste
     if backend != "auto":
         backends.resolve(backend, "cpu" if device is None else device)
     return Run(plan, sampler, None if shape is None else _shape(shape), steps, batch_size, device, backend, engine,
-               energies and plan.has_energies, on_nonfinite, memory_limit, branches, check)
+               energies and plan.has_energies, on_nonfinite, memory_limit, branches, check, capture)
 
 
 class Run:
     """A prepared sampling run; call it as often as you like."""
 
     def __init__(self, plan, sampler, shape, steps, batch_size, device, backend, engine, energies, on_nonfinite,
-                 memory_limit=None, branches: Branches | None = None, check: bool = True):
+                 memory_limit=None, branches: Branches | None = None, check: bool = True, capture: bool = True):
         self.plan, self.sampler, self.shape, self.steps = plan, sampler, shape, steps
         self.batch_size, self.device, self.backend_name, self.engine_name = batch_size, device, backend, engine
         self.energies, self.on_nonfinite, self.check = energies, on_nonfinite, check
         self.memory_limit, self.branches = memory_limit, branches
+        self.captures = Captures(capture)
         self.fitting: dict = {}  # micro-batches that fit the memory: by shape, dtype and device
         self._chains: dict[tuple[int, ...], Chain | NotNative] = {}
         self._quick: dict[int, QuickCall] = {}
@@ -186,6 +191,8 @@ class Run:
         backend = self._backend(call)
         with ExitStack() as held:
             chain = self._chain(call, backend, held)
+            if self.captures.against(backend, call.device) is None:
+                held.enter_context(self.captures.lock)
             return self._draw(call, backend, chain, init, frozen_mask, trace, callback, progress, resume)
 
     def _draw(self, call: Call, backend, chain: Chain | None, init, frozen_mask, trace, callback, progress, resume) -> Result:
@@ -207,10 +214,12 @@ class Run:
             backend=backend.name, info=backend.info(), engine="step" if chain is None else "chain", device=call.device,
             dtype=call.dtype, seed=call.seed, first_chain=call.first_chain, chains=call.n, steps=call.target - call.base,
             batch=chains.batch, seconds=time.perf_counter() - started, coefficients=chains.coefficients, faults=chains.faults_seen)
+        report.captured = bool(chains.captured) and all(chains.captured)
+        report.uncaptured = None if report.captured or call.device.type not in GRAPHS else self.captures.reason
         if resume is None and QuickCall.fits(self, chain):
             self._quick[call.target] = QuickCall(self, chain, call.shape, call.target)
         return Result(chains.x, energy, leaf_energies, chains.trace_result(), chains.state(), report, chains.acceptance(),
-                      chains.branch, chains.step_size())
+                      chains.step_size(), chains.branch)
 
     def explain(self) -> str:
         """The plan, the sampler, and the backend and engine that would run on this machine."""
@@ -223,6 +232,9 @@ class Run:
         else:
             return "\n".join(lines)
         lines.append(f"engine       step, {why}")
+        if (device := _device(self.device, self.plan)).type in GRAPHS:
+            reason = self.captures.against(backend, device, self.sampler) or self.captures.reason
+            lines.append(f"captured     {'yes, as a CUDA graph' if reason is None else f'no: {reason}'}")
         if self.branches is not None:
             shares = ", ".join(f"{p:.3g}" for p in self.branches.probabilities.tolist())
             lines.append(f"branches     drawn with probabilities {shares}; each chain runs its own")

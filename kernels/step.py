@@ -18,7 +18,7 @@ from ebmfast.kernels.launch import launch
 
 from ebmfast import reference
 
-__all__ = ["StepPlan"]
+__all__ = ["CLOCK", "StepPlan", "clock"]
 
 _INFINITY = tl.constexpr(float("inf"))
 _EXPONENT = tl.constexpr(0x7F800000)
@@ -26,6 +26,12 @@ _NORM_BLOCK = tl.constexpr(reference.NORM_BLOCK)
 _NORM_LANES = tl.constexpr(reference.NORM_LANES)
 _NORM_UNITS = 8  # blocks of the norm's sum in one program
 _SCALE_CHAINS = 128
+CLOCK = 4  # int64: the step, the step that schedules start at, the seed, the first chain
+
+
+def clock(step: int, start: int, seed: int, first_chain: int, **where) -> torch.Tensor:
+    """What a captured step reads from device memory: int64 ``[4]``."""
+    return torch.tensor([step, start, signed(seed), first_chain], dtype=torch.int64, **where)
 
 
 @triton.jit
@@ -114,15 +120,19 @@ def _step(
     moving = _moving(frozen, row, element, inside, size, MASK_PER_CHAIN)
     if faults is not None:
         moving = moving & (tl.load(faults + row, mask=row < batch, other=1) == 0)
-    if schedule is not None:  # step, drift and noise are addresses
+    if schedule is not None:  # step, drift and noise are addresses; step is a clock, which has seed and first chain too
         index = tl.load(step)
-        entry = tl.minimum(index, schedule - 1)
+        entry = tl.minimum(index - tl.load(step + 1), schedule - 1)
         drift_now = tl.load(drift + entry)
         noise_now = tl.load(noise + entry)
+        key = tl.load(step + 2)
+        chain = tl.load(step + 3) + row
     else:
         index = tl.cast(step, tl.int64)
         drift_now = drift
         noise_now = noise
+        key = seed
+        chain = first_chain + row
 
     old = tl.load(x + offset, mask=inside, other=0.0)
     t = old
@@ -132,7 +142,7 @@ def _step(
             g = g * tl.load(scale + row, mask=row < batch, other=0.0)
         t = t - drift_now * g
     if noise_now != 0.0:
-        t = t + noise_now * philox.normals(block, first_chain + row, index, seed, STREAM)
+        t = t + noise_now * philox.normals(block, chain, index, key, STREAM)
     broken = _nonfinite(t)
     t = tl.where(broken, old, t)
     if low is not None:
@@ -211,8 +221,8 @@ class StepPlan:
 
     def __call__(self, gradients, weights: torch.Tensor | None, drift, noise, step) -> None:
         """One step, in place. ``drift``, ``noise`` and ``step`` are numbers; or all three are tensors on the device, as a captured
-        graph needs them: step int64 ``[1]``, drift and noise float32 ``[T]``, read at index step (the last entry holds after
-        that). The caller moves the counter on."""
+        graph needs them: step is a `clock`, drift and noise are float32 ``[T]``, their first entries those of step ``start`` (the
+        last entry holds after that). Seed and first chain are then the clock's. The caller moves it on."""
         gradients = tuple(gradients[k] for k in range(self._n)) or None
         schedule = len(drift) if isinstance(step, torch.Tensor) else None
         if schedule is None:

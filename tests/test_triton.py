@@ -196,29 +196,36 @@ def test_blame_looks_at_every_tile_and_only_at_moving_elements():
 
 
 @runs
-def test_step_drift_and_noise_from_device_memory():
-    """What a captured graph replays: the same launches read a counter that moves. After its end a schedule holds its last entry."""
+def test_a_captured_step_reads_everything_from_device_memory():
+    """What a captured graph replays: the same launches read a clock that moves, and that names seed and first chain. Schedules
+    start at the clock's `start`; after its end a schedule holds its last entry."""
+    from ebmfast.kernels.step import clock
+
     backend = require_backend("triton")
     generator = torch.Generator().manual_seed(0)
     x, gradients, weights = torch.randn(4, 9, generator=generator), torch.randn(2, 4, 9, generator=generator), torch.ones(2)
     gradients[1, 3, 3] = torch.nan
     y, faults, expected = x.clone().to(HOME), torch.zeros(4, dtype=torch.int64, device=HOME), torch.zeros(4, dtype=torch.int64)
     drift, noise = torch.tensor([0.1, 0.2, 0.05]), torch.tensor([0.3, 0.0, 0.1])
-    counter = torch.zeros(1, dtype=torch.int64, device=HOME)
-    plan = backend.prepare(y, n_gradients=2, seed=3, faults=faults, grad_clip_norm=1.0)
-    for i in range(5):
-        last = min(i, 2)
-        reference.langevin_step(
-            x, gradients, weights, float(drift[last]), float(noise[last]), seed=3, step=i, faults=expected, grad_clip_norm=1.0
-        )
-        plan(gradients.to(HOME), weights.to(HOME), drift.to(HOME), noise.to(HOME), counter)
-        counter += 1
-        assert same_bits(y.cpu(), x) and faults.tolist() == expected.tolist()
+    plan = backend.prepare(y, n_gradients=2, seed=7, first_chain=1, faults=faults, grad_clip_norm=1.0)
+    start, now = 2**32 - 6, torch.zeros(4, dtype=torch.int64, device=HOME)
+    for seed, first in ((3, 0), (2**64 - 2, 2**60 - 4)):
+        now.copy_(clock(start, start, seed, first))
+        for i in range(5):
+            last = min(i, 2)
+            reference.langevin_step(
+                x, gradients, weights, float(drift[last]), float(noise[last]), seed=seed, first_chain=first, step=start + i,
+                faults=expected, grad_clip_norm=1.0,
+            )  # fmt: skip
+            plan(gradients.to(HOME), weights.to(HOME), drift.to(HOME), noise.to(HOME), now)
+            now[:1] += 1
+            assert same_bits(y.cpu(), x) and faults.tolist() == expected.tolist()
     for bad, message in (
-        ((drift, noise, counter.int()), "`step` must be int64"),
-        ((drift.double(), noise, counter), "`drift` must be float32"),
-        ((drift, noise[:1], counter), r"`noise` must be of shape \[3\]"),
-        ((drift[:0], noise[:0], counter), "`drift` must be of shape"),
+        ((drift, noise, now.int()), "`step` must be int64"),
+        ((drift, noise, now[:1]), r"`step` must be of shape \[4\]"),
+        ((drift.double(), noise, now), "`drift` must be float32"),
+        ((drift, noise[:1], now), r"`noise` must be of shape \[3\]"),
+        ((drift[:0], noise[:0], now), "`drift` must be of shape"),
     ):
         with pytest.raises(ValueError, match=message):
             plan(gradients.to(HOME), weights.to(HOME), *(t.to(HOME) for t in bad))

@@ -149,6 +149,10 @@ class StepByStep(Kernel):
             state, self.info = self.step(state)
         return state
 
+    def suspect(self, state: LangevinState) -> bool:
+        """Whether faults have to be looked at, which waits for the device."""
+        return True
+
 
 class LangevinKernel(StepByStep):
     """Langevin steps of one micro-batch: `init(x) -> state`, `step(state) -> (state, info)`.
@@ -159,7 +163,8 @@ class LangevinKernel(StepByStep):
     def __init__(self, sampler: Langevin, evaluator, backend, coefficients: Coefficients, start: int, fixed: dict):
         self.sampler, self.evaluator, self.backend = sampler, evaluator, backend
         self.coefficients, self.start = coefficients, start
-        self._fixed = fixed
+        self.fixed = fixed  # seed, first_chain, frozen_mask
+        self.options = {name: getattr(sampler, name) for name in ("clamp", "grad_clip_value", "grad_clip_norm")}
 
     def init(self, x: torch.Tensor, step: int | None = None, faults: torch.Tensor | None = None,
              carried: Mapping | None = None) -> LangevinState:
@@ -167,11 +172,9 @@ class LangevinKernel(StepByStep):
         if faults is None:
             faults = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
         leaves = self.evaluator.n_gradients
-        options = dict(self._fixed, faults=faults, gradient_dtype=x.dtype)
+        options = dict(self.fixed, faults=faults, gradient_dtype=x.dtype)
         self._ones = torch.ones(leaves, device=x.device)  # gradients come weighted
-        self._move = self.backend.prepare(
-            x, n_gradients=leaves, clamp=self.sampler.clamp, grad_clip_value=self.sampler.grad_clip_value,
-            grad_clip_norm=self.sampler.grad_clip_norm, **options)
+        self._move = self.backend.prepare(x, n_gradients=leaves, **self.options, **options)
         self._perturb = self.backend.prepare(x, n_gradients=0, **options) if self.sampler.noise_first else None
         return LangevinState(x, self.start if step is None else step, faults)
 
@@ -222,6 +225,10 @@ class ChainKernel(Kernel):
         if seconds > 2 * self.PATIENCE or (steps == self.stride and seconds < self.PATIENCE / 2):
             self.stride = max(1, int(steps * self.PATIENCE / max(seconds, 1e-6)))
         return state._replace(step=until)
+
+    def suspect(self, state: LangevinState) -> bool:
+        """Whether faults have to be looked at."""
+        return True
 
     def catch_up(self, state: LangevinState, row: int, step: int) -> None:
         """Bring a chain that starts anew at `step` to where the others are."""
