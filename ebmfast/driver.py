@@ -6,8 +6,8 @@ import math
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -22,7 +22,8 @@ from .samplers.langevin import StepByStep
 from .state import Fault, NonFiniteError, RunawayError, SampleState, TraceResult
 
 CHECK_EVERY = 16  # steps between two looks at the fault flags; a faulty chain stops at once in the kernel
-BATCH_BYTES = 8 << 20  # default size of a micro-batch's gradients: a share of the last-level cache
+BATCH_BYTES = 8 << 20  # default size of a micro-batch's gradients: a share of the last-level cache,
+BATCH_BYTES_GPU = 512 << 20  # and what keeps a GPU busy
 MEASURED_FROM = 1 << 20  # bytes of a micro-batch's gradients from which its memory is measured
 
 
@@ -65,6 +66,7 @@ class Chains:
     def __init__(self, run, call: Call, backend, chain: Chain | None, initial, frozen, trace, callback):
         self.run_, self.call, self.backend, self.chain, self.frozen = run, call, backend, chain, frozen
         self.initial, self.trace, self.callback = initial, trace, callback
+        self._slices: list[slice] | None = None  # micro-batches, once they run
         self.batch = run.batch_size or (_default_batch(call, len(run.plan.leaves)) if chain is None else max(1, call.n))
         self.branch = None if run.branches is None else run.branches.draw(call.n, call.seed, call.first_chain)
         self.coefficients = run.sampler.coefficients(run.plan.expression, call.target - call.base, call.base)
@@ -75,6 +77,8 @@ class Chains:
                 self.x[rows] = initial(rows.start, rows.stop - rows.start, 0)
         if chain is None and run.batch_size is None:
             self.batch = self._fitting()
+        self.halved_from: int | None = None
+        self.batch = min(self.batch, run.halved.get((call.shape, call.device), self.batch))
         self.step, self.faults = call.step.clone(), call.faults.clone()
         self.faults_seen: set[Fault] = set()
         self.carried = self._carry()
@@ -107,22 +111,59 @@ class Chains:
 
     def _rows(self):
         """Slices of chains that run together: at most a micro-batch, all at the same step."""
+        if self._slices is not None:
+            yield from self._slices
+            return
         cuts = [0, *(torch.nonzero(self.call.step.diff()).flatten() + 1).tolist(), self.call.n]
-        for low, high in zip(cuts, cuts[1:]):
-            for first in range(low, high, self.batch):
-                yield slice(first, min(first + self.batch, high))
+        yield from _cut(map(slice, cuts, cuts[1:]), self.batch)
 
     def run(self, stop: Interrupt, progress: bool) -> None:
         """Take every chain to the target step, unless `stop` is requested."""
-        slices = list(self._rows())
+        slices = self._slices = list(self._rows())
         total = sum(max(0, self.call.target - int(self.step[s.start])) for s in slices)
         bar = Bar(total) if progress else None
         try:
-            for rows in slices:
-                self._run_slice(rows, stop, bar)
+            done = 0
+            while done < len(slices):
+                done += self._attempt(done, stop, bar)
         finally:
             if bar is not None:
                 bar.close()
+
+    def _attempt(self, i: int, stop: Interrupt, bar) -> bool:
+        """Run a micro-batch. False if memory was out: micro-batches are half as large then, once, and this one is where it was."""
+        rows, shown = self._slices[i], 0 if bar is None else bar.done
+        tensors = [self.x, self.faults, *self.carried.values()]
+        before = [t[rows].clone() for t in tensors]
+        try:
+            self._run_slice(rows, stop, bar)
+            return True
+        except torch.OutOfMemoryError as error:
+            if self.halved_from is not None or rows.stop - rows.start == 1:
+                size = rows.stop - rows.start
+                error.add_note(f"with micro-batches of {size} chains; batch_size= or memory_limit= make them smaller")
+                raise
+        for tensor, values in zip(tensors, before):
+            tensor[rows] = values
+        for t, parts in self._kept.items():
+            self._kept[t] = [part for part in parts if part[0] != rows.start]
+        self._streams.pop(rows.start, None)
+        if bar is not None:
+            bar.go_back(shown)
+        self._halve(i)
+        return False
+
+    def _halve(self, i: int) -> None:
+        """Cut micro-batches in two from slice `i` on, say so, and remember it for later calls."""
+        call, run, rest = self.call, self.run_, self._slices[i:]
+        size = self.halved_from = rest[0].stop - rest[0].start
+        self.batch = run.halved[call.shape, call.device] = -(-size // 2)
+        self._slices[i:] = _cut(rest, self.batch)
+        run.captures.clear()
+        if call.device.type == "cuda":
+            torch.cuda.empty_cache()
+        warnings.warn(f"out of memory with micro-batches of {size} chains; going on with {self.batch}, which changes no noise",
+                      stacklevel=2)
 
     def _fitting(self) -> int:
         """The micro-batch that `memory_limit` allows: without one the default, unless that takes half of the memory."""
@@ -285,7 +326,7 @@ class Chains:
         plan, sigma = self.run_.plan, self._last_sigma()
         leaves = self.x.new_empty(self.call.n, len(plan.leaves))
         energy = self.x.new_empty(self.call.n)
-        for rows in self._rows():
+        for rows in _cut(self._rows(), self.batch):
             columns = self._evaluator(rows, whole=True).energies(self.x[rows], sigma)
             for k, column in enumerate(columns):
                 leaves[rows, k] = column.to(leaves.dtype)
@@ -330,6 +371,11 @@ class Chains:
                            dict(call.conditions), self.carried)
 
 
+def _cut(slices, size: int) -> list[slice]:
+    """Slices in pieces of at most `size`."""
+    return [slice(first, min(first + size, s.stop)) for s in slices for first in range(s.start, s.stop, size)]
+
+
 def by_step(fault: Fault) -> tuple[int, int]:
     return fault.step, fault.chain
 
@@ -366,6 +412,15 @@ class Bar:
         from tqdm import tqdm
         self._bar, self._shown = tqdm(total=total, unit="step", desc="sampling"), 0.0
 
+    @property
+    def done(self) -> int:
+        """Steps that are shown as done."""
+        return self._bar.n
+
+    def go_back(self, done: int) -> None:
+        """Show fewer steps: some are taken again."""
+        self._bar.update(done - self._bar.n)
+
     def update(self, steps: int, kernel, evaluator, x: torch.Tensor, sigma: float | None) -> None:
         """`steps` more steps are done."""
         self._bar.update(steps)
@@ -374,11 +429,15 @@ class Bar:
             return
         self._shown = now
         info = getattr(kernel, "info", None)
-        acceptance, energy = kernel.acceptance(), math.nan
-        with torch.no_grad(), suppress(ValueError):  # of scores, which have no energies
-            leaves = [e.detach() for e in info.leaf_energies] if info is not None else evaluator.energies(x, sigma)
-            energy = float(evaluator.total(leaves, sigma).mean())
-        shown = {"energy": f"{energy:.4g}"} if math.isfinite(energy) else {}
+        with torch.no_grad():
+            plan = getattr(evaluator, "plan", None)
+            if info is not None:
+                leaves = [e.detach() for e in info.leaf_energies]
+            else:
+                leaves = evaluator.energies(x, sigma) if plan is None or plan.has_energies else None
+            energy = math.nan if leaves is None else float(evaluator.total(leaves, sigma).mean())
+            acceptance = kernel.acceptance()
+        shown = {"energy": f"{energy:.4g}"} if math.isfinite(energy) else {}  # scores have none
         if acceptance is not None:
             shown["acceptance"] = f"{float(acceptance.mean()):.2f}"
         self._bar.set_postfix(shown, refresh=False)
@@ -389,4 +448,5 @@ class Bar:
 
 
 def _default_batch(call: Call, leaves: int) -> int:
-    return max(1, min(call.n, BATCH_BYTES // (call.x_bytes * max(1, leaves))))
+    most = BATCH_BYTES_GPU if call.device.type == "cuda" else BATCH_BYTES
+    return max(1, min(call.n, most // (call.x_bytes * max(1, leaves))))

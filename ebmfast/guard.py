@@ -26,8 +26,7 @@ RAN_AWAY = 0xFFFF  # in the place of a leaf in a fault's code
 
 
 class Guard:
-    """Looks after the chains of one micro-batch, whose energies are `total(leaf energies, sigma)`; `due` is the step of
-    the next look."""
+    """Looks after the chains of one micro-batch; `due` is the step of the next look, `total` (leaf energies, σ) → E."""
 
     def __init__(self, total, coefficients, data_range: tuple[float, float] | None, x: torch.Tensor, start: int):
         self.total, self.begun, self.due = total, start, start + FIRST

@@ -159,6 +159,7 @@ class Run:
         self.memory_limit, self.branches = memory_limit, branches
         self.captures = Captures(capture)
         self.fitting: dict = {}  # micro-batches that fit the memory: by shape, dtype and device
+        self.halved: dict = {}  # micro-batches after memory was out: by shape and device
         self._chains: dict[tuple[int, ...], Chain | NotNative] = {}
         self._quick: dict[int, QuickCall] = {}
         self._lock = threading.RLock()  # over the two
@@ -215,12 +216,13 @@ class Run:
             backend=backend.name, info=backend.info(), engine="step" if chain is None else "chain", device=call.device,
             dtype=call.dtype, seed=call.seed, first_chain=call.first_chain, chains=call.n, steps=call.target - call.base,
             batch=chains.batch, seconds=time.perf_counter() - started, coefficients=chains.coefficients, faults=chains.faults_seen)
+        report.halved_from = chains.halved_from
         report.captured = bool(chains.captured) and all(chains.captured)
         report.uncaptured = None if report.captured or call.device.type not in GRAPHS else self.captures.reason
         if resume is None and QuickCall.fits(self, chain):
             self._quick[call.target] = QuickCall(self, chain, call.shape, call.target)
         return Result(chains.x, energy, leaf_energies, chains.trace_result(), chains.state(), report, chains.acceptance(),
-                      chains.step_size(), chains.branch)
+                      chains.branch, chains.step_size())
 
     def explain(self) -> str:
         """The plan, the sampler, and the backend and engine that would run on this machine."""

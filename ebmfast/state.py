@@ -194,6 +194,7 @@ class Report:
     versions: Mapping[str, str]
     captured: bool = False
     uncaptured: str | None = None  # why not
+    halved_from: int | None = None  # the micro-batch with which memory was out
     engine: str = "step"
     models: str = ""
     faults: list[Fault] = field(default_factory=list)
@@ -231,9 +232,9 @@ class Result:
     `state` and `report` may be given as functions; they are made when they are first asked for.
     """
 
-    def __init__(self, x, energy, leaf_energies, trace, state, report, acceptance=None, step_size=None, branch=None):
+    def __init__(self, x, energy, leaf_energies, trace, state, report, acceptance=None, branch=None, step_size=None):
         self.x, self.energy, self.leaf_energies, self.trace = x, energy, leaf_energies, trace
-        self.acceptance, self.step_size, self.branch = acceptance, step_size, branch
+        self.acceptance, self.branch, self.step_size = acceptance, branch, step_size
         self._state, self._report = state, report
 
     @property

@@ -58,7 +58,8 @@ def both(e, sampler=LANGEVIN, calls=({"n": 5, "seed": 1},), captured=True, **opt
 @pytest.mark.parametrize("sampler", [
     LANGEVIN, ef.Langevin(drift=0.1, noise=0.2, noise_first=True, clamp=(-1, 1)),
     ef.Langevin(step_size=0.1, grad_clip_value=0.5), ef.Langevin(step_size=0.1, grad_clip_norm=0.5),
-    ef.Langevin(step_size=lambda t: 0.1 / (1 + t), temperature=0.5), ef.Langevin(drift=0.1, noise=[0.1 * (i % 3) for i in range(11)]),
+    ef.Langevin(step_size=lambda t: 0.1 / (1 + t), temperature=0.5),
+    ef.Langevin(drift=0.1, noise=[0.1 * (i % 3) for i in range(11)]),
 ], ids=repr)  # fmt: skip
 def test_samplers(graphs, sampler):
     both(A & B, sampler)
@@ -75,8 +76,8 @@ def test_compositions(graphs, e):
 
 
 def test_seeds_and_first_chains_are_read_from_device_memory(graphs):
-    (one, two, three, again), run = both(
-        A | B, calls=[{"n": 5, "seed": 1}, {"n": 5, "seed": 2**64 - 1}, {"n": 5, "seed": 1, "first_chain": 2**59}, {"n": 5, "seed": 1}])
+    names = ({"seed": 1}, {"seed": 2**64 - 1}, {"seed": 1, "first_chain": 2**59}, {"seed": 1})
+    (one, two, three, again), run = both(A | B, calls=[{"n": 5} | name for name in names])
     assert run.captures.recorded == 1, "one recording serves every seed"
     assert same_bits(again.x, one.x) and not torch.equal(one.x, two.x) and not torch.equal(one.x, three.x)
 
@@ -124,7 +125,8 @@ def test_conditions(graphs, model):
     e = f[ef.Slot("a")] & 0.5 * f[ef.Slot("b")] & f([1.0, 0.0, 2.0])
     same = torch.randn(5, 3)
     rows = [{"a": torch.randn(5, 3), "b": torch.randn(5, 3)} for _ in range(2)] + [{"a": same, "b": same.clone()}]
-    (one, two, *_), run = both(e, calls=[{"conditions": c, "seed": 1} for c in (*rows, rows[0])], batch_size=2, captured=not counting)
+    calls = [{"conditions": c, "seed": 1} for c in (*rows, rows[0])]
+    (one, two, *_), run = both(e, calls=calls, batch_size=2, captured=not counting)
     assert not torch.equal(one.x, two.x)
     if counting:
         assert "a model changes itself while it runs" in run.explain()
@@ -338,7 +340,7 @@ def test_a_capture_that_fails_is_not_tried_again(graphs, monkeypatch):
     for seed in (1, 2):
         got = run(5, seed=seed)
         assert same_bits(got.x, prepare(A, capture=False)(5, seed=seed).x) and not got.report.captured
-        assert got.report.uncaptured == ("CUDA would not capture it: RuntimeError: operation not permitted when stream is capturing")
+        assert got.report.uncaptured == "CUDA would not capture it: RuntimeError: operation not permitted when stream is capturing"
     assert tried == [1]
     monkeypatch.undo()
     assert run(4, seed=1).report.captured, "another size is"
@@ -360,7 +362,8 @@ def test_reasons(graphs):
         r = run(5, seed=1)
         assert not r.report.captured and (reason in run.explain() or "draw" in run.explain()), run.explain()
         assert r.report.uncaptured is not None
-    assert "there are CUDA graphs on CUDA devices only" in capture.Captures().against(backends.resolve("cpu", "cpu"), torch.device("xpu"))
+    cpu = backends.resolve("cpu", "cpu")
+    assert "there are CUDA graphs on CUDA devices only" in capture.Captures().against(cpu, torch.device("xpu"))
 
 
 def test_copies_record_anew(graphs):
