@@ -71,9 +71,10 @@ def sample(expr: Expression, n: int | None = None, shape=None, sampler: Sampler 
         backend: "auto", "reference" or "cpu" (see `ebmfast doctor`).
         engine: "chain" runs whole chains in C++, "step" one batched forward-backward and one kernel per step; "auto" takes
             the chain engine where every leaf is a native energy (`ebmfast.energies`) on the cpu backend.
-        trace: an int k keeps the energy per chain every k steps; `Trace(every=k, states=True)` also x.
+        trace: an int k keeps the energy per chain every k steps; `Trace(every=k, states=True)` also x;
+            `Trace(every=k, diagnostics=True)` split R̂ and effective sample sizes.
         callback: called with a `StepInfo` after every step of every micro-batch.
-        progress: show a progress bar.
+        progress: show a progress bar, with the mean energy and the acceptance of the chains that run.
         energies: evaluate the energies of the final states.
         on_nonfinite: "raise"; "freeze" stops such chains where they last were finite and reports them; "restart"
             draws them anew from their own stream.
