@@ -5,8 +5,10 @@
 
 #include <memory>
 #include <stdexcept>
+#include <tuple>
 #include <vector>
 
+#include "accept.h"
 #include "build_info.h"
 #include "dispatch.h"
 #include "step.h"
@@ -138,6 +140,21 @@ void fill_noise(
     fill(pointer<float>(out), batch, size, {seed, first_chain, step, stream, uint32_t(first_element / 4)}, uniform, threads);
 }
 
+// `rows`: a sequence of (to, from, bytes of one row).
+void accept_rows(
+    const std::vector<std::tuple<uintptr_t, uintptr_t, int64_t>>& rows, uintptr_t log_ratio, uintptr_t faults, uintptr_t accepted,
+    int64_t batch, uint64_t seed, uint32_t step, uint32_t stream, uint64_t first_chain
+) {
+    std::vector<Rows> found;
+    found.reserve(rows.size());
+    for (const auto& [to, from, bytes] : rows) found.push_back({pointer<void>(to), pointer<const void>(from), bytes});
+    const py::gil_scoped_release release;
+    accept(
+        found.data(), int(found.size()), pointer<const float>(log_ratio), pointer<const int64_t>(faults), pointer<uint8_t>(accepted), batch,
+        {seed, first_chain, step, stream, 0}
+    );
+}
+
 py::list level_list() {
     py::list list;
     for (const Level& level : levels()) list.append(py::make_tuple(level.kernels->name, level.supported, level.kernels->lanes));
@@ -165,6 +182,10 @@ PYBIND11_MODULE(_core, m) {
     m.def(
         "fill", &fill_noise, py::arg("out"), py::arg("batch"), py::arg("size"), py::arg("seed"), py::arg("step"), py::arg("stream"),
         py::arg("first_chain"), py::arg("first_element"), py::arg("uniform"), py::arg("threads")
+    );
+    m.def(
+        "accept", &accept_rows, py::arg("rows"), py::arg("log_ratio"), py::arg("faults"), py::arg("accepted"), py::arg("batch"),
+        py::arg("seed"), py::arg("step"), py::arg("stream"), py::arg("first_chain")
     );
     m.def(
         "step_args", &step_args, py::arg("x"), py::arg("batch"), py::arg("size"), py::arg("n_gradients"), py::arg("bf16"),

@@ -8,7 +8,7 @@
 p(x) ∝ exp(-E(x)); `a & b` adds energies, `a | b` is -logsumexp(-E), `~b` subtracts α·E.
 """
 
-from . import energies, ops, zoo
+from . import diagnostics, energies, ops, zoo
 from .branches import DrawBranches, log_partition, root_branches
 from .composition import (
     Concept,
@@ -25,16 +25,17 @@ from .composition import (
 from .coupling import CoupledError
 from .driver import StepInfo
 from .expressions import parse
-from .samplers import HMC, MALA, Annealed, Langevin
+from .samplers import BAOAB, HMC, MALA, Annealed, DualAveraging, Langevin
 from .sampling import Run, prepare, sample
-from .state import Fault, Interrupted, NonFiniteError, Report, Result, SampleState, Trace, TraceResult
+from .state import Fault, Interrupted, NonFiniteError, Report, Result, RunawayError, SampleState, Trace, TraceResult
 from .weights import AboveSigma, PiecewiseSigma
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "HMC", "MALA", "AboveSigma", "Annealed", "Concept", "CoupledError", "DrawBranches", "Expression", "Family", "Fault",
-    "Interrupted", "Langevin", "NonFiniteError", "PiecewiseSigma", "Report", "Result", "Run", "SampleState", "Slot",
-    "StepInfo", "Trace", "TraceResult", "UngroundedNegationError", "all_of", "any_of", "energies", "from_json",
-    "log_partition", "negate", "ops", "parse", "prepare", "root_branches", "sample", "with_prior", "zoo",
+    "BAOAB", "HMC", "MALA", "AboveSigma", "Annealed", "Concept", "CoupledError", "DrawBranches", "DualAveraging",
+    "Expression", "Family", "Fault", "Interrupted", "Langevin", "NonFiniteError", "PiecewiseSigma", "Report", "Result", "Run",
+    "RunawayError", "SampleState", "Slot", "StepInfo", "Trace", "TraceResult", "UngroundedNegationError", "all_of", "any_of",
+    "diagnostics", "energies", "from_json", "log_partition", "negate", "ops", "parse", "prepare", "root_branches", "sample",
+    "with_prior", "zoo",
 ]

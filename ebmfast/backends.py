@@ -170,6 +170,31 @@ class Backend(abc.ABC):
         )
         plan(gradients, weights, drift, noise, step)
 
+    def accept(
+        self,
+        current: Sequence[torch.Tensor],
+        proposed: Sequence[torch.Tensor],
+        log_ratio: torch.Tensor,
+        faults: torch.Tensor,
+        *,
+        seed: int,
+        step: int,
+        first_chain: int,
+    ) -> torch.Tensor:
+        """Rows of ``current`` become those of ``proposed`` in chains that accept; returns which did, bool ``[B]``.
+
+        Tensors are ``[B, ...]``, the states first, those of ``current`` contiguous; ``log_ratio`` ``[B]``; chains with a
+        fault (int64 ``[B]``, not 0) never accept. `ebmfast.reference.metropolis_accept` states the decision.
+        """
+        log_ratio = torch.where(faults == 0, log_ratio, -math.inf)
+        accepted = self._accept(current[0], proposed[0], log_ratio, seed=seed, step=step, first_chain=first_chain)
+        for old, new in zip(current[1:], proposed[1:]):
+            old.copy_(torch.where(accepted.view(-1, *[1] * (old.ndim - 1)), new, old))
+        return accepted
+
+    def _accept(self, x, proposal, log_ratio, **noise_id) -> torch.Tensor:
+        return reference.metropolis_accept(x, proposal, log_ratio, **noise_id)
+
     def normal(
         self,
         shape: Sequence[int],
@@ -286,6 +311,29 @@ class CpuBackend(Backend):
     def info(self) -> dict[str, object]:
         return {"backend": self.name, "isa": core.isa(), "threads": torch.get_num_threads()}
 
+    def accept(self, current, proposed, log_ratio, faults, **noise_id) -> torch.Tensor:
+        batch = log_ratio.shape[0]
+        fits = log_ratio.dtype is torch.float32 and log_ratio.is_contiguous()
+        for old, new in zip(current, proposed, strict=True):
+            same = old.dtype is new.dtype and old.shape == new.shape and new.device.type == "cpu"
+            fits = fits and same and old.is_contiguous() and new.is_contiguous()
+        if not fits:
+            return super().accept(current, proposed, log_ratio, faults, **noise_id)
+        rows = [
+            (old.data_ptr(), new.data_ptr(), old.nbytes // max(batch, 1)) for old, new in zip(current, proposed)
+        ]
+        accepted = torch.empty(batch, dtype=torch.bool)
+        core.accept(
+            rows,
+            log_ratio.data_ptr(),
+            faults.data_ptr(),
+            accepted.data_ptr(),
+            batch,
+            stream=rng.ACCEPT,
+            **noise_id,
+        )
+        return accepted
+
     def _plan(self, x, **options) -> Plan:
         return _CpuPlan(x, **options)
 
@@ -346,6 +394,13 @@ class TritonBackend(Backend):
 
     def _plan(self, x, **options) -> Plan:
         return _TritonPlan(x, **options)
+
+    def _accept(self, x, proposal, log_ratio, **noise_id) -> torch.Tensor:
+        from ebmfast.kernels.accept import accept
+
+        accepted = torch.empty(len(x), dtype=torch.bool, device=x.device)
+        accept(x, proposal.contiguous(), log_ratio.float().contiguous(), accepted, **noise_id)
+        return accepted
 
     def _fill(self, out, **options) -> None:
         from ebmfast.kernels.fill import fill

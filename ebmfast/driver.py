@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import signal
 import threading
+import time
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -14,7 +16,10 @@ import torch
 from . import memory
 from .chain import Chain
 from .coupling import check_rows
-from .state import Fault, NonFiniteError, SampleState, TraceResult
+from .diagnostics import Diagnostics, Stream, summarise
+from .guard import RAN_AWAY, Guard
+from .samplers.langevin import StepByStep
+from .state import Fault, NonFiniteError, RunawayError, SampleState, TraceResult
 
 CHECK_EVERY = 16  # steps between two looks at the fault flags; a faulty chain stops at once in the kernel
 BATCH_BYTES = 8 << 20  # default size of a micro-batch's gradients: a share of the last-level cache,
@@ -47,6 +52,7 @@ class Call:
     step: torch.Tensor
     faults: torch.Tensor
     conditions: dict[str, torch.Tensor]
+    extra: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def x_bytes(self) -> int:
@@ -75,13 +81,33 @@ class Chains:
         self.batch = min(self.batch, run.halved.get((call.shape, call.device), self.batch))
         self.step, self.faults = call.step.clone(), call.faults.clone()
         self.faults_seen: set[Fault] = set()
+        self.carried = self._carry()
         self.captured: list[bool] = []  # of every micro-batch that ran
         self._kept: dict[int, list] = {}
+        self._streams: dict[int, Stream] = {}
         self._accepted: torch.Tensor | None = None
 
     def acceptance(self) -> torch.Tensor | None:
         """The share of a chain's proposals that it accepted in this call, `[n]`; None for samplers without."""
         return self._accepted
+
+    def step_size(self) -> torch.Tensor | None:
+        """Step sizes that chains adapted, `[n]`; None where they did not."""
+        return self.run_.sampler.step_sizes(self.carried, self.coefficients) if self.coefficients.drift else None
+
+    def _carry(self) -> dict[str, torch.Tensor]:
+        """What the sampler carries from step to step beside x: that of the state resumed, else as for chains that begin."""
+        names, given, parts = self.run_.sampler.carried, self.call.extra, []
+        if not names or all(name in given for name in names):
+            return {name: given[name].clone() for name in names}
+        for rows in self._rows():
+            parts.append(self.run_.sampler.carry(
+                self.x[rows], self.backend, step=int(self.step[rows.start]), seed=self.call.seed,
+                first_chain=self.call.first_chain + rows.start, frozen_mask=self._frozen_rows(rows)))
+        return {name: torch.cat([part[name] for part in parts]) for name in names} if parts else {}
+
+    def _frozen_rows(self, rows: slice) -> torch.Tensor | None:
+        return self.frozen if self.frozen is None or self.frozen.ndim == len(self.call.shape) else self.frozen[rows]
 
     def _rows(self):
         """Slices of chains that run together: at most a micro-batch, all at the same step."""
@@ -95,7 +121,7 @@ class Chains:
         """Take every chain to the target step, unless `stop` is requested."""
         slices = self._slices = list(self._rows())
         total = sum(max(0, self.call.target - int(self.step[s.start])) for s in slices)
-        bar = _bar(total, progress)
+        bar = Bar(total) if progress else None
         try:
             done = 0
             while done < len(slices):
@@ -106,8 +132,8 @@ class Chains:
 
     def _attempt(self, i: int, stop: Interrupt, bar) -> bool:
         """Run a micro-batch. False if memory was out: micro-batches are half as large then, once, and this one is where it was."""
-        rows, shown = self._slices[i], 0 if bar is None else bar.n
-        tensors = [self.x, self.faults, *getattr(self, "carried", {}).values()]
+        rows, shown = self._slices[i], 0 if bar is None else bar.done
+        tensors = [self.x, self.faults, *self.carried.values()]
         before = [t[rows].clone() for t in tensors]
         try:
             self._run_slice(rows, stop, bar)
@@ -121,8 +147,9 @@ class Chains:
             tensor[rows] = values
         for t, parts in self._kept.items():
             self._kept[t] = [part for part in parts if part[0] != rows.start]
+        self._streams.pop(rows.start, None)
         if bar is not None:
-            bar.update(shown - bar.n)
+            bar.go_back(shown)
         self._halve(i)
         return False
 
@@ -172,33 +199,37 @@ class Chains:
             return
         x, faults, evaluator = self.x[rows], self.faults[rows], self._evaluator(rows)
         if self.run_.check and self.chain is None:
-            check_rows(evaluator, x, self.coefficients.sigma[first - call.base])
-        frozen = self.frozen if self.frozen is None or self.frozen.ndim == len(call.shape) else self.frozen[rows]
+            check_rows(evaluator, x, self._sigma_of(first))
         kernel = self.run_.sampler.bind(
             evaluator, self.backend, self.coefficients, call.base, seed=call.seed,
-            first_chain=call.first_chain + rows.start, frozen_mask=frozen)
+            first_chain=call.first_chain + rows.start, frozen_mask=self._frozen_rows(rows))
         at_once = self.run_.on_nonfinite == "restart"
         kernel = self.run_.captures.wrap(
             kernel, self.backend, call.device, watched=self.callback is not None, at_once=at_once)
-        state = kernel.init(x, first, faults)
+        state = kernel.init(x, first, faults, {name: values[rows] for name, values in self.carried.items()})
+        watched = isinstance(kernel, StepByStep) and call.target - first > CHECK_EVERY
+        guard = Guard(evaluator.total, self.coefficients, self.run_.plan.data_range, x, first) if watched else None
         looked = first
         while state.step < call.target and not stop.requested:
             before = state.step
             state = kernel.advance(state, self._until(before, kernel.stride))
             if state.step - looked >= (1 if at_once else CHECK_EVERY):
+                if guard is not None and state.step >= guard.due and kernel.info is not None:
+                    guard.look(state, kernel.info.leaf_energies, self._sigma_of(state.step - 1))
                 if kernel.suspect(state):
-                    self._handle_faults(rows, kernel, state)
+                    self._handle_faults(rows, kernel, state, guard)
                 looked = state.step
             if self.callback is not None or self.trace is not None:
-                self._observe(rows, state.step - 1, evaluator)
+                self._observe(rows, state.step - 1, evaluator, kernel)
             if bar is not None:
-                bar.update(state.step - before)
+                bar.update(state.step - before, kernel, evaluator, self.x[rows], self._sigma_of(state.step - 1))
         self.captured.append(getattr(kernel, "captured", False))
         self.step[rows] = state.step
-        self._handle_faults(rows, kernel, state)
-        if hasattr(kernel, "accepted"):
+        self._handle_faults(rows, kernel, state, guard)
+        accepted = kernel.acceptance()
+        if accepted is not None:
             self._accepted = torch.zeros(call.n, device=call.device) if self._accepted is None else self._accepted
-            self._accepted[rows] = kernel.accepted / max(state.step - first, 1)
+            self._accepted[rows] = accepted
 
     def _until(self, step: int, stride: int) -> int:
         """Where the next call of a kernel ends: after `stride` steps, or where something has to be looked at."""
@@ -209,30 +240,58 @@ class Chains:
             until = min(until, step - step % self.trace.every + self.trace.every)
         return until
 
-    def _observe(self, rows: slice, t: int, evaluator) -> None:
-        sigma = self.coefficients.sigma[t - self.call.base]
+    def _observe(self, rows: slice, t: int, evaluator, kernel) -> None:
+        sigma, trace = self._sigma_of(t), self.trace
         if self.callback is not None:
             self.callback(StepInfo(t + 1, self.call.first_chain + rows.start, self.x[rows], sigma))
             evaluator.refresh()
-        if self.trace is None or (t + 1) % self.trace.every:
+        if trace is None or (t + 1) % trace.every:
             return
         with torch.no_grad():
-            x = self.x[rows]
-            energy = evaluator.total(evaluator.energies(x, sigma), sigma) if self.trace.energy else None
-        self._kept.setdefault(t + 1, []).append((rows.start, energy, x.clone() if self.trace.states else None))
+            x, energy = self.x[rows], None
+            if trace.energy or trace.diagnostics:
+                known = kernel.energies_here and self.run_.on_nonfinite != "restart"
+                energies = kernel.info.leaf_energies if known else evaluator.energies(x, sigma)
+                energy = evaluator.total(energies, sigma)
+                energy = energy.clone() if known else energy
+            if trace.diagnostics:
+                self._diagnose(rows, t, x, energy)
+        if trace.energy or trace.states:
+            kept = rows.start, energy if trace.energy else None, x.clone() if trace.states else None
+            self._kept.setdefault(t + 1, []).append(kept)
 
-    def _handle_faults(self, rows: slice, kernel, state) -> None:
+    def _diagnose(self, rows: slice, t: int, x: torch.Tensor, energy: torch.Tensor) -> None:
+        values = x if self.trace.summary is None else self.trace.summary(x)
+        if values.shape[:1] != x.shape[:1]:
+            raise ValueError(f"`summary` must give one row per chain, [{len(x)}, ...], got {list(values.shape)}")
+        self._summary_shape = tuple(values.shape[1:])
+        values = torch.cat([energy[:, None].double(), values.reshape(len(x), -1).double()], 1)
+        if rows.start not in self._streams:
+            draws = self.call.target // self.trace.every - t // self.trace.every
+            self._streams[rows.start] = Stream(len(x), values.shape[1], draws, x.device)
+        self._streams[rows.start].add(values)
+
+    def _diagnostics(self) -> Diagnostics | None:
+        if len(self._streams) < len(list(self._rows())):
+            return None
+        return summarise([self._streams[k] for k in sorted(self._streams)], self.faults == 0, self._summary_shape)
+
+    def _sigma_of(self, step: int) -> float | None:
+        return self.coefficients.sigma[step - self.call.base]
+
+    def _handle_faults(self, rows: slice, kernel, state, guard: Guard | None) -> None:
         if not self.faults[rows].any():
             return
         found = [self._fault(row, int(self.faults[row])) for row in self._faulty(rows)]
         self.faults_seen.update(found)
         policy = self.run_.on_nonfinite
         if policy == "raise":
-            raise NonFiniteError(sorted(found, key=by_step), "energy gradient or state")
+            error = RunawayError if any(f.reason == "ran away" for f in found) else NonFiniteError
+            raise error(sorted(found, key=by_step), "energy gradient or state")
         if policy == "restart":
-            self._restart(rows, kernel, state)
+            self._restart(rows, kernel, state, guard)
 
-    def _restart(self, rows: slice, kernel, state) -> None:
+    def _restart(self, rows: slice, kernel, state, guard: Guard | None) -> None:
         """Draw faulty chains anew, each at the step after its fault, until none is left."""
         while faulty := self._faulty(rows):
             for row in faulty:
@@ -245,11 +304,15 @@ class Chains:
                 self.x[row] = drawn
                 self.faults[row] = 0
                 kernel.catch_up(state, row - rows.start, step)
+                if guard is not None:
+                    guard.begin_anew(row - rows.start)
 
     def _faulty(self, rows: slice) -> list[int]:
         return (torch.nonzero(self.faults[rows]).flatten() + rows.start).tolist()
 
     def _fault(self, row: int, code: int) -> Fault:
+        if code & 0xFFFF == RAN_AWAY:
+            return Fault(self.call.first_chain + row, (code >> 16) - 1, None, "ran away")
         leaf, name = (code & 0xFFFF) - 1, None
         if leaf >= 0 and self.branch is not None:
             name = repr(self.run_.branches.expressions[int(self.branch[row])])
@@ -299,13 +362,13 @@ class Chains:
             return torch.stack(rows) if rows else None
 
         return TraceResult(torch.tensor(steps, dtype=torch.int64), stack(1) if self.trace.energy else None,
-                           stack(2) if self.trace.states else None)
+                           stack(2) if self.trace.states else None, self._diagnostics() if self._streams else None)
 
     def state(self) -> SampleState:
         """Where every chain stands; its `x` is the result's."""
         call = self.call
         return SampleState(self.x, self.step, self.faults, call.seed, call.first_chain, call.base, call.target,
-                           dict(call.conditions))
+                           dict(call.conditions), self.carried)
 
 
 def _cut(slices, size: int) -> list[slice]:
@@ -340,11 +403,48 @@ class Interrupt:
         self.requested = True
 
 
-def _bar(total: int, progress: bool):
-    if not progress:
-        return None
-    from tqdm import tqdm
-    return tqdm(total=total, unit="step", desc="sampling")
+class Bar:
+    """A progress bar; mean energy and acceptance are read, at most a few times a second, of the chains that run."""
+
+    PATIENCE = 0.3  # seconds
+
+    def __init__(self, total: int):
+        from tqdm import tqdm
+        self._bar, self._shown = tqdm(total=total, unit="step", desc="sampling"), 0.0
+
+    @property
+    def done(self) -> int:
+        """Steps that are shown as done."""
+        return self._bar.n
+
+    def go_back(self, done: int) -> None:
+        """Show fewer steps: some are taken again."""
+        self._bar.update(done - self._bar.n)
+
+    def update(self, steps: int, kernel, evaluator, x: torch.Tensor, sigma: float | None) -> None:
+        """`steps` more steps are done."""
+        self._bar.update(steps)
+        now = time.monotonic()
+        if now - self._shown < self.PATIENCE:
+            return
+        self._shown = now
+        info = getattr(kernel, "info", None)
+        with torch.no_grad():
+            plan = getattr(evaluator, "plan", None)
+            if info is not None:
+                leaves = [e.detach() for e in info.leaf_energies]
+            else:
+                leaves = evaluator.energies(x, sigma) if plan is None or plan.has_energies else None
+            energy = math.nan if leaves is None else float(evaluator.total(leaves, sigma).mean())
+            acceptance = kernel.acceptance()
+        shown = {"energy": f"{energy:.4g}"} if math.isfinite(energy) else {}  # scores have none
+        if acceptance is not None:
+            shown["acceptance"] = f"{float(acceptance.mean()):.2f}"
+        self._bar.set_postfix(shown, refresh=False)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        self._bar.close()
 
 
 def _default_batch(call: Call, leaves: int) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -47,11 +47,13 @@ class Layout:
 
     passes: list[Pass | Stacked]  # with energies, whose gradients come from autograd
     given: list[Pass]  # whose gradients the model, or a function beside it, gives
-    cotangents: dict  # of the passes, where weights are constant: by noise level
+    leaves: int
+    cotangents: dict = field(default_factory=dict)  # of the passes, where weights are constant: by noise level
 
-    def in_order(self, leaves: int) -> bool:
-        """Whether one pass evaluates all leaves, one after the other."""
-        return len(self.passes) == 1 and not self.given and self.passes[0].blocks == [[k] for k in range(leaves)]
+    def __post_init__(self):
+        blocks = [[k] for k in range(self.leaves)]
+        # One pass evaluates all leaves, one after the other.
+        self.in_order = len(self.passes) == 1 and not self.given and self.passes[0].blocks == blocks
 
 
 class Evaluator:
@@ -113,7 +115,7 @@ class Evaluator:
         if live not in self._layouts:
             kept = [q for p in self.passes for q in self._live(p, live)]
             given = [p for p in kept if p.group.source.gives_gradient]
-            self._layouts[live] = Layout([p for p in kept if not p.group.source.gives_gradient], given, {})
+            self._layouts[live] = Layout([p for p in kept if not p.group.source.gives_gradient], given, len(live))
         return self._layouts[live]
 
     def _live(self, p: Pass | Stacked, live) -> list[Pass | Stacked]:
@@ -201,13 +203,12 @@ class Evaluator:
         that has none (a score) is NaN.
         """
         layout = self._layout(self.plan.program.live(sigma) if self.plan.schedules else self._all)
-        x = x.detach()
         xs = [self._repeat(x.detach(), len(p)).requires_grad_() for p in layout.passes]  # a tensor for each, and so a gradient
         outputs = self._outputs(layout.passes, xs, sigma)
         for p, energy in zip(layout.passes, outputs):
             if not energy.requires_grad:
                 raise ValueError(f"the energy of {self._names(p)} does not depend on `x` (it carries no gradient)")
-        energies = self._by_leaf(layout.passes, outputs)
+        energies = outputs if layout.in_order and layout.leaves == 1 else self._by_leaf(layout.passes, outputs)
         for p in layout.given:
             self._known_energies(p, x, sigma, energies)
         cotangents = self._cotangents(layout, energies, sigma)
@@ -215,8 +216,9 @@ class Evaluator:
         for p, grad in zip(layout.passes, grads):
             if grad is None:
                 raise ValueError(f"the energy of {self._names(p)} does not depend on `x`")
-        if len(xs) == 1 and len(layout.passes[0]) > 1 and layout.in_order(len(self.plan.leaves)):
-            return _contiguous(grads[0]).view(len(self.plan.leaves), *x.shape), energies
+        if layout.in_order:
+            grad = _contiguous(grads[0])
+            return (grad,) if layout.leaves == 1 else grad.view(layout.leaves, *x.shape), energies
         out: list = [None] * len(self.plan.leaves)
         passes = [*layout.passes, *layout.given]
         grads = [*grads, *(self._given(p, x, w, sigma) for p, w in zip(layout.given, cotangents[len(xs):]))]
@@ -268,6 +270,8 @@ class Evaluator:
 
     def _outputs(self, passes: list, xs, sigma) -> list[Tensor]:
         """Energies `[len(pass) x B]` of every pass."""
+        if self.plan.compute_dtype is None and self._fork is None:
+            return [self._call(p, x, sigma) for p, x in zip(passes, xs)]
         with self._precision():
             if self._fork is not None and len(passes) > 1:
                 return self._fork([partial(self._call, p, x, sigma) for p, x in zip(passes, xs)])
@@ -303,14 +307,16 @@ class Evaluator:
             kwargs["sigma"] = self._sigma(sigma, x.shape[0])
         return args, kwargs
 
-    def _call(self, p: Pass, x: Tensor, sigma) -> Tensor:
-        function = p if isinstance(p, Stacked) else self.plan.function(p.group.source)
-        energy = self._evaluate(p, function, x, sigma)
-        return as_rows(energy, x.shape[0], p.group.source.reduce, self.plan.leaves[p.blocks[0][0]].name)
+    def _call(self, p: Pass | Stacked, x: Tensor, sigma) -> Tensor:
+        source = p.group.source
+        energy = self._evaluate(p, p if isinstance(p, Stacked) else self.plan.function(source), x, sigma)
+        if type(energy) is Tensor and energy.dtype is torch.float32 and energy.shape == x.shape[:1]:
+            return energy
+        return as_rows(energy, x.shape[0], source.reduce, self.plan.leaves[p.blocks[0][0]].name)
 
-    def _evaluate(self, p: Pass, function, x: Tensor, sigma):
-        args, kwargs = self._arguments(p, x, sigma)
+    def _evaluate(self, p: Pass | Stacked, function, x: Tensor, sigma):
         try:
+            args, kwargs = self._arguments(p, x, sigma)
             return function(*args, **kwargs)
         except Exception as error:
             width = "" if p.condition is None else f", condition {list(p.condition.shape)}"

@@ -43,7 +43,7 @@ def sample(expr: Expression, n: int | None = None, shape=None, sampler: Sampler 
         expr: a `Concept` or a composition of them.
         n: chains; taken from `x`, `resume` or `conditions` where those are given.
         shape: shape S of one chain; taken from `x` or `resume` where given.
-        sampler: `Langevin(...)`, `Annealed(...)`, `MALA(...)` or `HMC(...)`.
+        sampler: `Langevin(...)`, `Annealed(...)`, `MALA(...)`, `HMC(...)` or `BAOAB(...)`.
         steps: steps to take, 0 or more (`Annealed` has its own number).
         seed: an integer in [0, 2^64), a torch.Generator, or None for one from torch's generator (see `report.seed`).
         conditions: `{slot: [n, C]}`, one row per chain.
@@ -74,9 +74,10 @@ def sample(expr: Expression, n: int | None = None, shape=None, sampler: Sampler 
         backend: "auto", "reference" or "cpu" (see `ebmfast doctor`).
         engine: "chain" runs whole chains in C++, "step" one batched forward-backward and one kernel per step; "auto" takes
             the chain engine where every leaf is a native energy (`ebmfast.energies`) on the cpu backend.
-        trace: an int k keeps the energy per chain every k steps; `Trace(every=k, states=True)` also x.
+        trace: an int k keeps the energy per chain every k steps; `Trace(every=k, states=True)` also x;
+            `Trace(every=k, diagnostics=True)` split R̂ and effective sample sizes.
         callback: called with a `StepInfo` after every step of every micro-batch.
-        progress: show a progress bar.
+        progress: show a progress bar, with the mean energy and the acceptance of the chains that run.
         energies: evaluate the energies of the final states.
         on_nonfinite: "raise"; "freeze" stops such chains where they last were finite and reports them; "restart"
             draws them anew from their own stream.
@@ -84,12 +85,13 @@ def sample(expr: Expression, n: int | None = None, shape=None, sampler: Sampler 
         allow_improper: sample a composition that is not grounded.
 
     Returns:
-        `Result` with x `[n, *S]`, energy `[n]`, leaf_energies `[n, K]`, trace, acceptance `[n]`, state, report.
+        `Result` with x `[n, *S]`, energy `[n]`, leaf_energies `[n, K]`, trace, acceptance `[n]`, step_size `[n]`, state, report.
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message names it.
         UngroundedNegationError: the composition has no normalisable density.
-        NonFiniteError: an energy or state stopped being finite, and on_nonfinite is "raise".
+        NonFiniteError: an energy or state stopped being finite, and on_nonfinite is "raise"; RunawayError, one of them:
+            energies fall without end (`ebmfast.guard` says when that is seen).
         Interrupted: Ctrl-C; its `state` resumes.
     """
     run = prepare(expr, sampler, shape=shape, steps=steps, batch_size=batch_size, memory_limit=memory_limit, device=device,
@@ -118,7 +120,7 @@ def prepare(expr: Expression, sampler: Sampler | None = None, *, shape=None, ste
     ways = {"channels_last": channels_last, "compile": compile, "stack": stack}
     plan = Plan(expr, compute_dtype, **ways)
     if not isinstance(sampler, SAMPLERS):
-        raise TypeError(f"`sampler` must be Langevin(...), Annealed(...), MALA(...) or HMC(...), got {sampler!r}")
+        raise TypeError(f"`sampler` must be one of {', '.join(f'{s.__name__}(...)' for s in SAMPLERS)}, got {sampler!r}")
     levels = sampler.noise_levels()
     plan.check_sigmas(levels)
     if not allow_improper and sampler.clamp is None:
@@ -133,7 +135,7 @@ def prepare(expr: Expression, sampler: Sampler | None = None, *, shape=None, ste
             raise ValueError("`batch_size` and `memory_limit` exclude each other")
     if memory_limit is not None:
         memory_limit = memory.as_bytes(memory_limit)
-    if getattr(sampler, "needs_energies", False):
+    if sampler.needs_energies:
         plan.check_energies(type(sampler).__name__)
     if branches is not None:
         draw = DrawBranches() if branches == "draw" else branches
@@ -231,7 +233,7 @@ class Run:
         if resume is None and QuickCall.fits(self, chain):
             self._quick[call.target] = QuickCall(self, chain, call.shape, call.target)
         return Result(chains.x, energy, leaf_energies, chains.trace_result(), chains.state(), report, chains.acceptance(),
-                      chains.branch)
+                      chains.branch, chains.step_size())
 
     def explain(self) -> str:
         """The plan, the sampler, and the backend and engine that would run on this machine."""
@@ -297,7 +299,8 @@ class Run:
                 f"`resume` is an interrupted run of {target - base} steps: finish it first (the same `steps`, or none)")
         rows = check_conditions(self.plan.expression, conditions or state.conditions, n)
         return Call(start, n, tuple(start.shape[1:]), start.dtype, start.device, state.seed, state.first_chain, base,
-                     target, state.step.clone(), state.faults.to(start.device).clone(), rows)
+                     target, state.step.clone(), state.faults.to(start.device).clone(), rows,
+                     {name: values.to(start.device) for name, values in state.extra.items()})
 
     def _steps(self, steps: int | None) -> int:
         if self.sampler.steps is not None:
@@ -323,7 +326,7 @@ class Run:
             return None
         found: Chain | NotNative
         if self.sampler.native_options() is None:
-            found = NotNative(f"{type(self.sampler).__name__} accepts and rejects, which the step engine does")
+            found = NotNative(f"{self.sampler!r} takes its steps in the step engine")
         elif backend.name != "cpu":
             found = NotNative(f"it belongs to backend 'cpu', this run is on {backend.name!r}")
         else:

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from .diagnostics import Diagnostics
 
 FORMAT = "ebmfast-state-1"
 
 
 class Fault(NamedTuple):
-    """A chain whose energy or state stopped being finite: its id, the step, the leaf to blame (or None)."""
+    """A chain that was stopped: its id, the step, the leaf to blame (or None), and why.
+
+    `reason` is "non-finite", of an energy or a state, or "ran away": its energy fell without end (`ebmfast.guard`).
+    """
 
     chain: int
     step: int
     leaf: str | None
+    reason: str = "non-finite"
 
 
 class NonFiniteError(ArithmeticError):
@@ -35,6 +43,20 @@ class NonFiniteError(ArithmeticError):
         super().__init__(
             f"non-finite {what} in {len(faults)} chain(s) [{shown}], first at step {self.step}, from {blame}."
             ' Take smaller steps or clip gradients, or pass on_nonfinite="freeze" or "restart"')
+
+
+class RunawayError(NonFiniteError):
+    """Chains ran away: their energy falls without end. `faults` lists all that were stopped."""
+
+    def __init__(self, faults: list[Fault], what: str = ""):
+        super().__init__(faults, what)
+        ran = [f for f in faults if f.reason == "ran away"]
+        shown = ", ".join(str(f.chain) for f in ran[:8]) + (", ..." if len(ran) > 8 else "")
+        self.args = (
+            f"{len(ran)} chain(s) [{shown}] ran away, first seen at step {ran[0].step}: the energy falls without end, ever more"
+            " steeply, so the composition has no normalisable density there. Ground the negation (a smaller `alpha`, or a"
+            " positive concept that outweighs it far out), or bound the domain: `bounds=(low, high)` with MALA and HMC,"
+            ' `clamp=(low, high)` with Langevin; or pass on_nonfinite="freeze" or "restart"',)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -53,25 +75,43 @@ class Interrupted(KeyboardInterrupt):
 class Trace:
     """What to keep while chains run: every `every` steps, the energy per chain, and the states if asked.
 
-    Each kept step costs one forward pass; states cost memory.
+    Each kept step costs one forward pass (MALA and HMC know their energies); states cost memory. `diagnostics` follows how
+    chains mix without keeping anything but moments (`TraceResult.diagnostics`): of the energy, and of every element of x or
+    of `summary(x)` `[B, *S]` → `[B, Q]`, for instance a few features of pictures; it costs 7·Q float64 numbers per chain.
     """
 
     every: int = 1
     energy: bool = True
     states: bool = False
+    diagnostics: bool = False
+    summary: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def __post_init__(self):
         if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
             raise ValueError(f"`every` must be a positive number of steps, got {self.every!r}")
+        if self.summary is not None and not self.diagnostics:
+            raise ValueError("`summary` belongs to diagnostics=True")
 
 
 @dataclass
 class TraceResult:
-    """`steps` `[T]` (counted from the chain's first), `energy` `[T, n]` and `x` `[T, n, *S]`, or None."""
+    """`steps` `[T]` (counted from the chain's first), `energy` `[T, n]` and `x` `[T, n, *S]`, or None.
+
+    `diagnostics` are those of this call's draws, of chains without a fault; None where they were not asked for, or for
+    fewer than 4 draws, or where an interrupt left chains at different steps.
+    """
 
     steps: torch.Tensor
     energy: torch.Tensor | None
     x: torch.Tensor | None
+    diagnostics: Diagnostics | None = None
+
+    def arviz(self) -> dict[str, dict[str, np.ndarray]]:
+        """What was kept as `arviz.from_dict` takes it (`**` of it before ArviZ 1.0): groups of arrays `[chain, draw, ...]`."""
+        kept = {"energy": self.energy, "x": self.x}
+        posterior = {k: v.transpose(0, 1).detach().cpu().numpy() for k, v in kept.items() if v is not None}
+        groups = {"posterior": posterior}
+        return groups | {"sample_stats": {"lp": -posterior["energy"]}} if "energy" in posterior else groups
 
 
 @dataclass
@@ -79,7 +119,8 @@ class SampleState:
     """Everything that a later call needs to continue these chains bit for bit.
 
     x `[n, *S]`; step `[n]`, the step each chain takes next; faults `[n]`, 0 where a chain runs; the seed and
-    the first chain's id, which fix the noise; `base` and `target`, first and last step of the call it is from.
+    the first chain's id, which fix the noise; `base` and `target`, first and last step of the call it is from; `extra`,
+    what else the sampler carries from step to step, `[n, ...]` each: momenta, what a warm-up has learnt.
     """
 
     x: torch.Tensor
@@ -90,6 +131,7 @@ class SampleState:
     base: int = 0
     target: int = 0
     conditions: dict[str, torch.Tensor] = field(default_factory=dict)
+    extra: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def finished(self) -> bool:
@@ -100,7 +142,8 @@ class SampleState:
         """Write the state as safetensors, to a temporary file first, then in place of `path`."""
         path = Path(path)
         tensors = {"x": self.x, "step": self.step, "faults": self.faults}
-        tensors |= {f"conditions.{name}": rows for name, rows in self.conditions.items()}
+        for group in ("conditions", "extra"):
+            tensors |= {f"{group}.{name}": rows for name, rows in getattr(self, group).items()}
         numbers = {k: getattr(self, k) for k in ("seed", "first_chain", "base", "target")}
         metadata = {"format": FORMAT, "state": json.dumps(numbers)}
         partial = path.with_name(path.name + ".tmp")
@@ -123,9 +166,9 @@ class SampleState:
             raise ValueError(f"{path} is not a saved state: {error}") from None
         if metadata.get("format") != FORMAT:
             raise ValueError(f"{path} is not a saved state: its format is {metadata.get('format')!r}, not {FORMAT!r}")
-        prefix = "conditions."
-        conditions = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        return cls(tensors["x"], tensors["step"], tensors["faults"], conditions=conditions,
+        conditions, extra = ({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+                             for prefix in ("conditions.", "extra."))
+        return cls(tensors["x"], tensors["step"], tensors["faults"], conditions=conditions, extra=extra,
                    **json.loads(metadata["state"]))
 
 
@@ -164,7 +207,8 @@ class Report:
     def __str__(self):
         low, high = self.effective_temperature
         heat = f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
-        faults = f", {len(self.faults)} non-finite" if self.faults else ""
+        reasons = Counter(f.reason for f in self.faults)
+        faults = "".join(f", {count} {reason}" for reason, count in sorted(reasons.items()))
         where = f"{self.backend} ({self.engine} engine, {self.device})"
         return (f"{self.chains} chains x {self.steps} steps on {where} in {self.seconds:.2f} s,"
                 f" {self.steps_per_second:,.0f} chain steps/s, micro-batch {self.micro_batch}, seed {self.seed},"
@@ -178,7 +222,9 @@ class Result:
         x: final states `[n, *S]`.
         energy, leaf_energies: `[n]` and `[n, K]`, None with energies=False.
         trace: a `TraceResult`, or None.
-        acceptance: `[n]`, the share of proposals that a chain accepted; None for samplers that accept every step.
+        acceptance: `[n]`, the share of proposals that a chain accepted, after its warm-up where it had one; None for samplers
+            that accept every step.
+        step_size: `[n]`, the step sizes that chains adapted in a warm-up, as of the last step; None where they did not.
         branch: `[n]`, the branch of the OR at the root that a chain drew (branches="draw"), else None.
         state: a `SampleState` that resumes; its x is this one.
         report: a `Report` of what ran.
@@ -186,9 +232,9 @@ class Result:
     `state` and `report` may be given as functions; they are made when they are first asked for.
     """
 
-    def __init__(self, x, energy, leaf_energies, trace, state, report, acceptance=None, branch=None):
-        self.x, self.energy, self.leaf_energies, self.trace, self.acceptance = x, energy, leaf_energies, trace, acceptance
-        self.branch = branch
+    def __init__(self, x, energy, leaf_energies, trace, state, report, acceptance=None, branch=None, step_size=None):
+        self.x, self.energy, self.leaf_energies, self.trace = x, energy, leaf_energies, trace
+        self.acceptance, self.branch, self.step_size = acceptance, branch, step_size
         self._state, self._report = state, report
 
     @property

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import KERNELS, require_backend, same_bits
 
+import ebmfast as ef
 from ebmfast import backends, reference, rng
 
 NAN, INF = math.nan, math.inf
@@ -80,3 +81,55 @@ def test_the_step_may_lie_on_the_device(name):
     expected = run(name, x.clone(), proposal, log_ratio, step=11)
     assert torch.equal(run(name, x, proposal, log_ratio, step=torch.tensor([11])), expected)
     assert not torch.equal(run(name, x, proposal, log_ratio, step=torch.tensor([12])), expected)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("shape", [(0, 4), (1,), (300, 2), (9, 3, 7)], ids=str)
+def test_all_that_is_known_of_a_point_goes_along(name, shape):
+    """The state and whatever comes with it, of any type; chains with a fault stay. As the reference does it."""
+    backend = require_backend(name)
+    device, generator = backends.home(name), torch.Generator().manual_seed(0)
+    current = [torch.randn(shape, generator=generator), torch.randn(shape[0], generator=generator), torch.zeros(shape[0], 5).long()]
+    proposed = [torch.randn_like(current[0]), torch.randn(shape[0]), torch.ones(shape[0], 5).long()]
+    log_ratio = torch.randn(shape[0], generator=generator) - 0.5
+    log_ratio[::7] = NAN
+    faults = (torch.arange(shape[0]) % 5 == 4).long() * 77
+    noise_id = {"seed": 2**63 + 5, "step": 2**32 - 1, "first_chain": 2**32 - 2}
+    results = []
+    for b, where in ((backend, device), (backends.resolve("reference", "cpu"), "cpu")):
+        mine = [t.clone().to(where) for t in current]
+        there = [t.to(where) for t in proposed]
+        results.append([b.accept(mine, there, log_ratio.to(where), faults.to(where), **noise_id).cpu(), *(t.cpu() for t in mine)])
+    (accepted, *mine), (expected, *theirs) = results
+    assert torch.equal(accepted, expected) and not accepted[faults != 0].any()
+    assert all(torch.equal(a, b) for a, b in zip(mine, theirs))
+    for old, new, now in zip(current, proposed, mine):
+        assert torch.equal(now[accepted], new[accepted]) and torch.equal(now[~accepted], old[~accepted])
+
+
+SAMPLERS = {
+    "mala": ef.MALA(0.4, grad_clip_norm=2.0, bounds=(-3.0, 3.0)),
+    "hmc": ef.HMC(0.4, 2, mass=2.0),
+    "warm": ef.MALA(0.1, warmup=ef.DualAveraging(5)),
+    "baoab": ef.BAOAB(0.4, mass=2.0),
+    "annealed": ef.Annealed([1.0, 0.5], 3, inner=ef.MALA),
+}
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_sampler_on_every_backend(name, sampler):
+    """The reference's chain, from the same noise and with the same decisions, a frozen element included."""
+    require_backend(name)
+    e = ef.Concept(lambda x: x.square().sum(1) / 2, name="a") | ef.Concept(lambda x: (x - 1).square().sum(1), name="b")
+    options = dict(sampler=SAMPLERS[sampler], steps=None if sampler == "annealed" else 8, seed=4, first_chain=7)
+    x = 0.5 * torch.randn(13, 5, generator=torch.Generator().manual_seed(0))
+    frozen = torch.tensor([False, True, False, False, False])
+    expected = ef.sample(e, x=x, backend="reference", frozen_mask=frozen, **options)
+    home = backends.home(name)
+    r = ef.sample(e, x=x.to(home), backend=name, frozen_mask=frozen.to(home), **options)
+    torch.testing.assert_close(r.x.cpu(), expected.x, rtol=1e-4, atol=1e-5)
+    for key, values in expected.state.extra.items():
+        torch.testing.assert_close(r.state.extra[key].cpu(), values, rtol=1e-4, atol=1e-5)
+    if expected.acceptance is not None:
+        assert torch.equal(r.acceptance.cpu(), expected.acceptance) and 0 < expected.acceptance.mean()

@@ -1,12 +1,13 @@
-"""The README's Python runs as printed, with fewer noise levels and samples where it would take long."""
+"""The Python of README and docs runs as printed, with fewer noise levels and samples where it would take long."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parents[1] / "README.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.S) if README.exists() else []
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = [code for page in PAGES if page.exists() for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.S)]
 SHORTER = (("n=16", "n=1"), ("levels=16", "levels=2"), ("steps_per_level=6", "steps_per_level=1"))
 
 
@@ -15,7 +16,7 @@ def test_code_in_the_readme_runs(code, capsys):
     for long, short in SHORTER:
         code = code.replace(long, short)
     names = {}
-    exec(compile(code, "README.md", "exec"), names)
+    exec(compile(code, "a page", "exec"), names)
     assert names["r"].x.isfinite().all()
 
 

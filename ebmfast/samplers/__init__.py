@@ -1,11 +1,13 @@
 """Samplers: each describes its chain and binds to an evaluator and a backend as `init` and `step`."""
 
 from .annealed import Annealed
+from .baoab import BAOAB
 from .hmc import HMC
 from .langevin import Langevin
 from .mala import MALA
+from .warmup import DualAveraging
 
-SAMPLERS = (Annealed, HMC, Langevin, MALA)
-Sampler = Annealed | HMC | Langevin | MALA
+SAMPLERS = (Annealed, BAOAB, HMC, Langevin, MALA)
+Sampler = Annealed | BAOAB | HMC | Langevin | MALA
 
-__all__ = ["HMC", "MALA", "SAMPLERS", "Annealed", "Langevin", "Sampler"]
+__all__ = ["BAOAB", "HMC", "MALA", "SAMPLERS", "Annealed", "DualAveraging", "Langevin", "Sampler"]

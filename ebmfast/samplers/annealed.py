@@ -1,7 +1,8 @@
-"""Annealed Langevin dynamics over noise levels, for energies E(x, condition, σ).
+"""Annealed dynamics over noise levels, for energies E(x, condition, σ).
 
 Source: Song and Ermon, NeurIPS 2019, algorithm 1; step sizes relative to σ², divided by the total weight M of
-the composition. The composition is formed at every level.
+the composition. The composition is formed at every level. Samplers other than Langevin dynamics inside: Du et al.,
+"Reduce, Reuse, Recycle", ICML 2023.
 """
 
 from __future__ import annotations
@@ -10,25 +11,41 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from ..composition import Expression
 from ..weights import weight_at
-from .langevin import Langevin
+from .baoab import BAOAB
+from .base import Dynamics
+from .hmc import HMC
+from .langevin import Langevin, LangevinKernel, LangevinState, StepByStep
+from .mala import MALA
 from .schedule import Coefficients
+
+INNER = (Langevin, MALA, HMC, BAOAB)
 
 
 @dataclass(frozen=True)
-class Annealed:
-    """Langevin dynamics that walks down a sequence of noise levels σ_1 > σ_2 > …
+class Annealed(Dynamics):
+    """A sampler that walks down a sequence of noise levels σ_1 > σ_2 > …
 
-    At level σ, `steps_per_level` steps with drift d = `drift`·σ²/M(σ) and noise √(2 d T); every leaf that takes
-    one is called with `sigma=` σ. M is the expression's step scale. With `denoise`, one last step without noise
-    and drift σ²/M: Tweedie's formula, exact for one noised density, a heuristic for compositions.
+    At level σ, `steps_per_level` steps of `inner` with drift d = `drift`·σ²/M(σ); every leaf that takes one is called
+    with `sigma=` σ. M is the expression's step scale. What d means depends on `inner`:
+
+    - `Langevin`, and the proposals of `MALA`: x - d ∇E(x) + √(2 d T) z;
+    - `HMC`, `BAOAB`: a step size ε = √(2 d), as one leapfrog step of mass 1 from a fresh momentum is the step above.
+      One step of HMC is a whole trajectory. BAOAB carries its momentum from level to level, and its friction is in units
+      of 1/σ, so that a step forgets as much at every level.
+
+    MALA and HMC accept and reject at the level's own energies. With `denoise`, one last step without noise and drift
+    σ²/M, never rejected: Tweedie's formula, exact for one noised density, a heuristic for compositions.
 
     Args:
         sigmas: noise levels in the order they are visited, positive, usually geometric and falling.
         steps_per_level: steps at each level.
         drift: step size as a fraction of σ².
-        inner: `Langevin`, or an instance that carries `noise_first`, `clamp`, clips and `temperature`.
+        inner: `Langevin`, `MALA`, `HMC` or `BAOAB`, or an instance without a step size that carries the options:
+            `temperature` (a number), clips, `clamp` or `bounds`, `n_leapfrog_steps`, `mass`, `friction`.
         denoise: whether the last noise-free step is taken.
 
     Raises:
@@ -38,7 +55,7 @@ class Annealed:
     sigmas: Sequence[float]
     steps_per_level: int = 6
     drift: float = 0.3
-    inner: Langevin | type[Langevin] = Langevin
+    inner: Langevin | MALA | HMC | BAOAB | type = Langevin
     denoise: bool = True
 
     def __post_init__(self):
@@ -49,11 +66,18 @@ class Annealed:
             raise ValueError(f"`steps_per_level` must be at least 1, got {self.steps_per_level}")
         if not (math.isfinite(self.drift) and self.drift > 0):
             raise ValueError(f"`drift` must be positive, got {self.drift}")
+        if self.inner not in INNER and not isinstance(self.inner, INNER):
+            raise TypeError(f"`inner` must be {', '.join(s.__name__ for s in INNER)} or an instance of one, got {self.inner!r}")
         inner = self.inner() if isinstance(self.inner, type) else self.inner
-        if not isinstance(inner, Langevin):
-            raise TypeError(f"`inner` must be Langevin or an instance of it, got {self.inner!r}")
-        if inner.step_size is not None or inner.drift is not None:
-            raise ValueError("`inner` must not have step sizes: Annealed sets drift and noise at every level")
+        if inner.step_size is not None or getattr(inner, "drift", None) is not None:
+            raise ValueError("`inner` must not have step sizes: Annealed sets them at every level")
+        if getattr(inner, "warmup", None) is not None:
+            raise ValueError("`inner` must not have a warm-up: Annealed sets step sizes, and its levels have no time to adapt them")
+        heat = inner.temperature
+        if not isinstance(heat, (int, float)):
+            raise ValueError(f"`temperature` inside Annealed must be a number, got {heat!r}")
+        if not isinstance(inner, Langevin) and not heat > 0:
+            raise ValueError(f"`temperature` must be positive with {type(inner).__name__}, got {heat}")
         object.__setattr__(self, "sigmas", sigmas)
         object.__setattr__(self, "inner", inner)
 
@@ -83,6 +107,20 @@ class Annealed:
         """The bounds of the domain, where there are any."""
         return self.inner.clamp
 
+    @property
+    def needs_energies(self) -> bool:
+        """Whether `inner` needs energies beside gradients."""
+        return self.inner.needs_energies
+
+    @property
+    def carried(self) -> tuple[str, ...]:
+        """What `inner` carries from step to step."""
+        return self.inner.carried
+
+    def carry(self, x, backend, **where):
+        """What `inner` carries, where chains begin."""
+        return self.inner.carry(x, backend, **where)
+
     def noise_levels(self) -> tuple[float, ...]:
         """Noise levels at which energies are taken."""
         return self.sigmas
@@ -91,21 +129,13 @@ class Annealed:
         """Standard deviation of `init="normal"`: the first noise level."""
         return self.sigmas[0]
 
-    def native_options(self) -> dict:
+    def native_options(self) -> dict | None:
         """What the chain engine has to know of a step beside its coefficients."""
         return self.inner.native_options()
 
-    @property
-    def fixed_schedule(self) -> bool:
-        """Whether the coefficients of a step are the same in every call."""
-        return True
-
     def coefficients(self, expression: Expression, steps: int, start: int = 0) -> Coefficients:
         """Drift, noise and level of steps `start` to `start + steps - 1`."""
-        heat = self.inner.temperature
-        if not isinstance(heat, (int, float)):
-            raise ValueError(f"`temperature` inside Annealed must be a number, got {heat!r}")
-        drift, noise, sigma = [], [], []
+        heat, drift, noise, sigma = self.inner.temperature, [], [], []
         for level in self.sigmas:
             scale = level * level / (weight_at(expression.step_scale, level) or 1.0)
             drift += [self.drift * scale] * self.steps_per_level
@@ -117,5 +147,38 @@ class Annealed:
         return Coefficients(drift[start:stop], noise[start:stop], sigma[start:stop])
 
     def bind(self, evaluator, backend, coefficients: Coefficients, start: int, **fixed):
-        """`init` and `step` on one micro-batch, those of `inner`."""
-        return self.inner.bind(evaluator, backend, coefficients, start, **fixed)
+        """`init` and `advance` on one micro-batch: those of `inner`, and for the last step those of plain descent."""
+        kernel = self.inner.bind(evaluator, backend, coefficients, start, **fixed)
+        if not self.denoise or isinstance(self.inner, Langevin):
+            return kernel
+        clips = {name: getattr(self.inner, name, None) for name in ("grad_clip_value", "grad_clip_norm")}
+        descent = Langevin(clamp=self.inner.clamp, **clips).bind(evaluator, backend, coefficients, start, **fixed)
+        return DenoisingKernel(kernel, descent, self.steps - 1)
+
+
+class DenoisingKernel(StepByStep):
+    """Steps of `inner` up to step `last`, which is one of `descent`."""
+
+    def __init__(self, inner, descent: LangevinKernel, last: int):
+        self.inner, self.descent, self.last = inner, descent, last
+
+    def init(self, x: torch.Tensor, step=None, faults=None, carried=None) -> LangevinState:
+        """The state of chains `x` `[B, *S]` before step `step`."""
+        state = self.inner.init(x, step, faults, carried)
+        self.descent.init(state.x, state.step, state.faults)
+        return state
+
+    def acceptance(self):
+        """The share of proposals that each chain accepted since `init`; the last step is none."""
+        return self.inner.acceptance()
+
+    def catch_up(self, state: LangevinState, row: int, step: int) -> None:
+        """Bring a chain that starts anew at `step` to where the others are."""
+        self.inner.catch_up(state, row, step)
+
+    def step(self, state: LangevinState):
+        """One step of every chain that has no fault."""
+        if state.step < self.last:
+            return self.inner.step(state)
+        after, info = self.descent.step(state)
+        return after._replace(carried=state.carried), info

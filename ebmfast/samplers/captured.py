@@ -192,7 +192,8 @@ class CapturedKernel(StepByStep):
             self.captured = self._recording is not None
         if not self.captured:
             self.stride = self.kernel.stride
-            return self.kernel.advance(state, until)
+            state, self.info = self.kernel.advance(state, until), self.kernel.info
+            return state
         try:
             self._recording.run(self.kernel, state, until)
         except RuntimeError as error:

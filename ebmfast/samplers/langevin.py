@@ -8,23 +8,28 @@ Sources: Welling and Teh, ICML 2011; Du, Li and Mordatch, NeurIPS 2020, equation
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from time import perf_counter
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 
 from ..chain import BoundChain
 from ..composition import Expression
+from .base import Dynamics
 from .schedule import Coefficients, Schedule, values
 
 
 class LangevinState(NamedTuple):
-    """Chains `x` `[B, *S]`, the step they take next, and per chain the fault that stopped it (0: none)."""
+    """Chains `x` `[B, *S]`, the step they take next, per chain the fault that stopped it (0: none), and what else a
+    chain carries from step to step (`Dynamics.carried`), `[B, ...]` each."""
 
     x: torch.Tensor
     step: int
     faults: torch.Tensor
+    carried: Mapping[str, torch.Tensor] = MappingProxyType({})
 
 
 class LangevinInfo(NamedTuple):
@@ -34,7 +39,7 @@ class LangevinInfo(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Langevin:
+class Langevin(Dynamics):
     """Unadjusted Langevin dynamics, in every convention in use.
 
     `Langevin(step_size=λ, temperature=T)` has drift λ/2 and noise √(λT), so that its law tends to
@@ -62,8 +67,6 @@ class Langevin:
     clamp: tuple[float, float] | None = None
     grad_clip_norm: float | None = None
     grad_clip_value: float | None = None
-
-    steps = None  # the call decides
 
     def __post_init__(self):
         free = (self.drift is not None, self.noise is not None)
@@ -105,11 +108,6 @@ class Langevin:
         return {"noise_first": self.noise_first, "clamp": self.clamp, "clip_value": self.grad_clip_value,
                 "clip_norm": self.grad_clip_norm}
 
-    @property
-    def fixed_schedule(self) -> bool:
-        """Whether the coefficients of a step are the same in every call: no schedule is a callable."""
-        return not any(map(callable, (self.step_size, self.temperature, self.drift, self.noise)))
-
     def coefficients(self, expression: Expression, steps: int, start: int = 0) -> Coefficients:
         """Drift and noise of steps `start` to `start + steps - 1`."""
         if self.step_size is None and self.drift is None:
@@ -122,14 +120,6 @@ class Langevin:
             drift, noise = [s / 2 for s in sizes], [math.sqrt(s * t) for s, t in zip(sizes, heat)]
         return Coefficients(drift, noise, [None] * steps)
 
-    def noise_levels(self) -> tuple[float, ...] | None:
-        """Noise levels at which energies are taken: none."""
-        return None
-
-    def initial_scale(self) -> float:
-        """Standard deviation of `init="normal"`."""
-        return 1.0
-
     def bind(self, evaluator, backend, coefficients: Coefficients, start: int, **fixed) -> LangevinKernel | ChainKernel:
         """`init` and `advance` on one micro-batch; `fixed`: seed, first_chain, frozen_mask."""
         if isinstance(evaluator, BoundChain):
@@ -137,15 +127,26 @@ class Langevin:
         return LangevinKernel(self, evaluator, backend, coefficients, start, fixed)
 
 
-class StepByStep:
-    """Kernels that take one step at a time: `advance` is a loop over `step`."""
+class Kernel:
+    """What the driver asks of chains that run, with the answers of those that are never rejected."""
 
     stride = 1  # steps that `advance` is best asked for
+    energies_here = False  # whether the energies of `info` are those where chains stand after the step
+
+    def acceptance(self) -> torch.Tensor | None:
+        """The share of proposals that each chain accepted since `init`, `[B]`; None where every step is taken."""
+        return None
+
+
+class StepByStep(Kernel):
+    """Kernels that take one step at a time: `advance` is a loop over `step`."""
+
+    info: LangevinInfo | None = None  # of the last step
 
     def advance(self, state: LangevinState, until: int) -> LangevinState:
         """Steps up to, and without, step `until`."""
         while state.step < until:
-            state, _ = self.step(state)
+            state, self.info = self.step(state)
         return state
 
     def suspect(self, state: LangevinState) -> bool:
@@ -165,7 +166,8 @@ class LangevinKernel(StepByStep):
         self.fixed = fixed  # seed, first_chain, frozen_mask
         self.options = {name: getattr(sampler, name) for name in ("clamp", "grad_clip_value", "grad_clip_norm")}
 
-    def init(self, x: torch.Tensor, step: int | None = None, faults: torch.Tensor | None = None) -> LangevinState:
+    def init(self, x: torch.Tensor, step: int | None = None, faults: torch.Tensor | None = None,
+             carried: Mapping | None = None) -> LangevinState:
         """The state of chains `x` `[B, *S]` before step `step`; prepares the backend for this very tensor."""
         if faults is None:
             faults = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
@@ -181,7 +183,7 @@ class LangevinKernel(StepByStep):
 
     def step(self, state: LangevinState) -> tuple[LangevinState, LangevinInfo]:
         """One step of every chain that has no fault."""
-        x, t, faults = state
+        x, t, faults, _ = state
         i = t - self.start
         drift, noise, sigma = self.coefficients.drift[i], self.coefficients.noise[i], self.coefficients.sigma[i]
         if self._perturb is not None:
@@ -192,7 +194,7 @@ class LangevinKernel(StepByStep):
         return LangevinState(x, t + 1, faults), LangevinInfo(energies)
 
 
-class ChainKernel:
+class ChainKernel(Kernel):
     """Langevin steps of chains that run whole in the chain engine: `init(x) -> state`, `advance(state, until) -> state`.
 
     `advance` updates `state.x` and `state.faults` in place. `stride` keeps a call near `PATIENCE` seconds, so that
@@ -207,7 +209,8 @@ class ChainKernel:
         self.coefficients, self.start = coefficients, start
         self.seed, self.first_chain, self.frozen_mask = seed, first_chain, frozen_mask
 
-    def init(self, x: torch.Tensor, step: int | None = None, faults: torch.Tensor | None = None) -> LangevinState:
+    def init(self, x: torch.Tensor, step: int | None = None, faults: torch.Tensor | None = None,
+             carried: Mapping | None = None) -> LangevinState:
         """The state of chains `x` `[B, *S]` before step `step`."""
         if faults is None:
             faults = torch.zeros(x.shape[0], dtype=torch.int64)

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .metropolis import Metropolis, MetropolisKernel, check_bounds, coefficients, squared_norm
+from .metropolis import Metropolis, MetropolisKernel, check_bounds, coefficients, plus, squared_norm
 from .schedule import Coefficients, Schedule
+from .warmup import DualAveraging
 
 
 @dataclass(frozen=True)
@@ -21,22 +22,26 @@ class MALA(Metropolis):
 
     Args:
         step_size: λ, positive: a number, a sequence with one value per step, or a callable of the step. In units of
-            x² per unit of energy. An acceptance near 0.57 is about best.
+            x² per unit of energy. An acceptance near 0.57 is about best. Left out inside `Annealed`, which sets it.
         temperature: T, positive, likewise.
         bounds: `(low, high)` for every element: proposals outside are rejected.
         grad_clip_value: elementwise bound on the composed gradient; applied before the norm's.
         grad_clip_norm: bound on the L2 norm of the composed gradient, per chain. The proposal's density is that of the
             clipped drift, so the law stays exact.
+        warmup: `DualAveraging(steps)`: each chain scales λ to the acceptance it is to have, then keeps it; see `r.step_size`.
 
     Raises:
         ValueError: a bound that is not one; at the call, a step size or temperature of 0.
     """
 
-    step_size: Schedule
+    step_size: Schedule | None = None
     temperature: Schedule = 1.0
     bounds: tuple[float, float] | None = None
     grad_clip_norm: float | None = None
     grad_clip_value: float | None = None
+    warmup: DualAveraging | None = None
+
+    best_acceptance = 0.574
 
     def __post_init__(self):
         object.__setattr__(self, "bounds", check_bounds(self.bounds))
@@ -49,21 +54,24 @@ class MALA(Metropolis):
         """Drift and noise of steps `start` to `start + steps - 1`."""
         return coefficients(*self.scales(steps, start))
 
+    def step_sizes(self, carried, coefficients: Coefficients) -> torch.Tensor | None:
+        """λ of the last step, as the warm-up left it, `[n]`."""
+        scale = self.step_scale(carried)
+        return None if scale is None else 2 * coefficients.drift[-1] * scale.square()
+
     def bind(self, evaluator, backend, coefficients: Coefficients, start: int, **fixed) -> MALAKernel:
         """`init` and `advance` on one micro-batch; `fixed`: seed, first_chain, frozen_mask."""
         return MALAKernel(self, evaluator, backend, coefficients, start, **fixed)
 
 
 class MALAKernel(MetropolisKernel):
-    """MALA steps of one micro-batch; proposals are made by the backend's fused step."""
+    """MALA steps of one micro-batch."""
 
-    def init(self, x, step=None, faults=None):
-        self._y = torch.empty_like(x)
-        self._lost = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
-        self._one = torch.ones(1, device=x.device)
-        self._move = self.backend.prepare(
-            self._y, n_gradients=1, gradient_dtype=x.dtype, frozen_mask=self.frozen_mask, faults=self._lost, **self.noise_id)
-        return super().init(x, step, faults)
+    def init(self, x, step=None, faults=None, carried=None):
+        # Adding the noise of a step to zeros leaves that noise, 0 where frozen, in memory that is there already.
+        self._z = torch.empty_like(x)
+        self._draw = self.backend.prepare(self._z, n_gradients=0, frozen_mask=self.frozen_mask, **self.noise_id)
+        return super().init(x, step, faults, carried)
 
     def clipped(self, gradient):
         sampler = self.sampler
@@ -72,15 +80,13 @@ class MALAKernel(MetropolisKernel):
         if sampler.grad_clip_norm is not None:
             norm = squared_norm(gradient).sqrt().clamp_min(sampler.grad_clip_norm)
             gradient = gradient * (sampler.grad_clip_norm / norm).reshape(-1, *[1] * (gradient.ndim - 1))
-        return gradient.contiguous()
+        return gradient
 
     def propose(self, x, here, t, drift, noise, temperature):
-        y = self._y.copy_(x)
-        self._lost.zero_()
-        self._move((here.gradient,), self._one, drift, noise, t)
+        z = self._z.zero_()
+        self._draw((), None, 0.0, 1.0, t)
+        y = plus(plus(x, -drift, here.gradient), noise, z)
         there = self.target(y)
-        # log q(x|y) - log q(y|x), both Gaussians of variance noise²
-        forth = squared_norm(y - x + drift * here.gradient)
-        back = squared_norm(x - y + drift * there.gradient)
-        log_ratio = (here.energy - there.energy) / temperature + (forth - back) / (2 * noise * noise)
-        return y, there, torch.where(self._lost == 0, log_ratio, -torch.inf)
+        # log q(y|x) = -|z|²/2, log q(x|y) = -|x - y + drift ∇E(y)|² / (2 noise²)
+        back = squared_norm(plus(x - y, drift, there.gradient).div_(noise))
+        return y, there, (here.energy - there.energy).div_(temperature).add_(squared_norm(z).sub_(back), alpha=0.5)

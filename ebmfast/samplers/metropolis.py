@@ -13,8 +13,11 @@ from typing import NamedTuple
 import torch
 
 from .. import reference
+from .base import Dynamics
 from .langevin import LangevinInfo, LangevinState, StepByStep
-from .schedule import Coefficients, Schedule, values
+from .schedule import Coefficients, positive
+
+Coefficient = float | torch.Tensor  # one for all chains, or one per chain, `[B, 1, ...]`
 
 
 class Point(NamedTuple):
@@ -23,6 +26,14 @@ class Point(NamedTuple):
     energy: torch.Tensor
     gradient: torch.Tensor
     leaf_energies: list[torch.Tensor]
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All of them."""
+        return [self.energy, self.gradient, *self.leaf_energies]
+
+    def copy(self) -> Point:
+        """The same in memory of its own."""
+        return Point(self.energy.clone(), self.gradient.clone(), [e.clone() for e in self.leaf_energies])
 
 
 def check_bounds(bounds) -> tuple[float, float] | None:
@@ -35,20 +46,14 @@ def check_bounds(bounds) -> tuple[float, float] | None:
     return low, high
 
 
-def positive(schedule: Schedule, name: str, steps: int, start: int) -> list[float]:
-    """A schedule whose values are all positive."""
-    found = values(schedule, name, steps, start)
-    if any(v == 0 for v in found):
-        raise ValueError(f"`{name}` must be positive at every step: proposals need noise")
-    return found
-
-
 class MetropolisKernel(StepByStep):
-    """Steps of one micro-batch: `init(x) -> state`, `step(state) -> (state, info)`; `accepted` `[B]` counts.
+    """Steps of one micro-batch: `init(x) -> state`, `step(state) -> (state, info)`.
 
     `step` updates `state.x` and `state.faults` in place. A chain whose energy or gradient is not finite where it
     stands has a fault; a proposal where they are not is rejected.
     """
+
+    energies_here = True
 
     def __init__(self, sampler, evaluator, backend, coefficients: Coefficients, start: int, *, seed: int, first_chain: int,
                  frozen_mask: torch.Tensor | None = None):
@@ -58,48 +63,87 @@ class MetropolisKernel(StepByStep):
         self.frozen_mask = frozen_mask
         evaluator.need_energies()
 
-    def init(self, x: torch.Tensor, step: int | None = None, faults: torch.Tensor | None = None) -> LangevinState:
+    def init(self, x: torch.Tensor, step: int | None = None, faults: torch.Tensor | None = None,
+             carried=None) -> LangevinState:
         """The state of chains `x` `[B, *S]` before step `step`."""
         if faults is None:
             faults = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
-        self.accepted = torch.zeros(x.shape[0], device=x.device)
+        self._accepted, self._proposed = torch.zeros(x.shape[0], device=x.device), 0
         self._point: Point | None = None
-        return LangevinState(x, self.start if step is None else step, faults)
+        self._sigma: float | None = None
+        step = self.start if step is None else step
+        if not carried:
+            carried = self.sampler.carry(x, self.backend, step=step, **self.noise_id)
+        self._dtype, self._ndim = x.dtype, x.ndim - 1
+        self._scale: torch.Tensor | None = None  # [B, 1, ...]: factors on the step sizes
+        self._warming = 0
+        if self.sampler.warmup is not None:
+            self._rescale(carried)
+        return LangevinState(x, step, faults, carried)
+
+    def acceptance(self) -> torch.Tensor:
+        """The share of proposals that each chain accepted since `init`, or since the warm-up ended, `[B]`."""
+        return self._accepted / max(self._proposed, 1)
 
     def catch_up(self, state: LangevinState, row: int, step: int) -> None:
         """A chain was drawn anew: what is known of its point is not true any more."""
         self._point = None
+        if self.sampler.warmup is not None:
+            state.carried["warmup"][row] = 0.0
+            self._rescale(state.carried)
 
     def step(self, state: LangevinState) -> tuple[LangevinState, LangevinInfo]:
         """One proposal and one decision for every chain that has no fault."""
-        x, t, faults = state
-        if self._point is None:
-            self._point = self._target(x, t, faults)
-        here = self._point
+        x, t, faults, carried = state
         i = t - self.start
-        drift, noise = self.coefficients.drift[i], self.coefficients.noise[i]
-        y, there, log_ratio = self.propose(x, here, t, drift, noise, noise * noise / (2 * drift))
-        allowed = (faults == 0) & self._inside(y)
-        accept = reference.metropolis_accept(x, y, torch.where(allowed, log_ratio, -torch.inf), step=t, **self.noise_id)
-        rows = accept.reshape(-1, *[1] * (x.ndim - 1))
-        self._point = Point(torch.where(accept, there.energy, here.energy), torch.where(rows, there.gradient, here.gradient),
-                            [torch.where(accept, b, a) for a, b in zip(here.leaf_energies, there.leaf_energies)])
-        self.accepted += accept
-        return LangevinState(x, t + 1, faults), LangevinInfo(self._point.leaf_energies)
+        drift, noise, sigma = self.coefficients.drift[i], self.coefficients.noise[i], self.coefficients.sigma[i]
+        if self._point is None or sigma != self._sigma:
+            self._sigma = sigma
+            self._point = self._target(x, t, faults).copy()
+        here = self._point
+        temperature = noise * noise / (2 * drift)
+        if self._scale is not None:
+            drift, noise = drift * self._scale.square(), noise * self._scale
+        y, there, log_ratio = self.propose(x, here, t, drift, noise, temperature)
+        if self.sampler.bounds is not None:
+            log_ratio = torch.where(self._inside(y), log_ratio, -torch.inf)
+        self._accepted += self.backend.accept(
+            [x, *here.tensors()], [y, *there.tensors()], log_ratio, faults, step=t, **self.noise_id)
+        self._proposed += 1
+        if self._warming:
+            self._adapt(carried, log_ratio)
+        return LangevinState(x, t + 1, faults, carried), LangevinInfo(here.leaf_energies)
 
-    def propose(self, x, here: Point, t: int, drift: float, noise: float, temperature: float):
-        """`(y, target at y, log ratio [B])`."""
+    def _rescale(self, carried) -> None:
+        """Step sizes as the warm-up has them now."""
+        self._warming = max(0, self.sampler.warmup.left(carried["warmup"]))
+        scale = self.sampler.warmup.scale(carried["warmup"])
+        self._scale = scale.to(self._dtype).reshape(-1, *[1] * self._ndim)
+
+    def _adapt(self, carried, log_ratio: torch.Tensor) -> None:
+        warmup, state = self.sampler.warmup, carried["warmup"]
+        warmup.update(state, log_ratio.float(), warmup.target or self.sampler.best_acceptance)
+        self._scale = warmup.scale(state).to(self._dtype).reshape(self._scale.shape)
+        self._warming -= 1
+        if not self._warming:
+            self._accepted.zero_()
+            self._proposed = 0
+
+    def propose(self, x, here: Point, t: int, drift: Coefficient, noise: Coefficient, temperature: float):
+        """`(y, target at y, log ratio [B])`; `y` may be anything where the log ratio is NaN."""
         raise NotImplementedError
 
     def target(self, x: torch.Tensor) -> Point:
-        """The target at `x`."""
+        """The target at `x`, at the noise level of the step that is being taken."""
         return self._target(x, 0, None)
 
     def _target(self, x, t: int, faults: torch.Tensor | None) -> Point:
-        gradients, energies = self.evaluator.gradients(x)
-        energies = [e.detach().to(x.dtype) for e in energies]
-        energy = self.evaluator.total(energies)
-        gradient = sum(gradients[1:], gradients[0].clone())
+        gradients, energies = self.evaluator.gradients(x, self._sigma)
+        energies = [e.detach() if e.dtype is x.dtype else e.detach().to(x.dtype) for e in energies]
+        energy = self.evaluator.total(energies, self._sigma)
+        gradient = gradients[0]
+        for k in range(1, len(gradients)):
+            gradient = gradient + gradients[k]
         if self.frozen_mask is not None:
             gradient = gradient.masked_fill(self.frozen_mask, 0.0)
         if faults is not None:
@@ -112,57 +156,58 @@ class MetropolisKernel(StepByStep):
 
     def _record(self, faults, t: int, gradients, energies, energy, gradient) -> None:
         """Stop chains whose target is not finite, and blame the first leaf whose energy or gradient is not."""
-        bad = ~(torch.isfinite(energy) & torch.isfinite(gradient).flatten(1).all(1)) & (faults == 0)
+        bad = ~(torch.isfinite(energy) & torch.isfinite(gradient).reshape(len(gradient), -1).all(1)) & (faults == 0)
         if not bad.any():
             return
         moves = torch.ones_like(gradient, dtype=torch.bool)
         if self.frozen_mask is not None:
             moves &= ~self.frozen_mask
-        culprit = reference.blame([g.flatten(1) for g in gradients], moves.flatten(1))
+        culprit = reference.blame([g.reshape(len(g), -1) for g in gradients], moves.reshape(len(moves), -1))
         for k in reversed(range(len(energies))):
             culprit[~torch.isfinite(energies[k])] = k + 1
         faults.copy_(torch.where(bad, (t + 1 << 16) + culprit, faults))
 
     def _inside(self, y: torch.Tensor) -> torch.Tensor:
-        if self.sampler.bounds is None:
-            return torch.ones(len(y), dtype=torch.bool, device=y.device)
         low, high = self.sampler.bounds
         inside = (y >= low) & (y <= high)
         if self.frozen_mask is not None:
             inside |= self.frozen_mask
-        return inside.flatten(1).all(1)
+        return inside.reshape(len(y), -1).all(1)
 
 
 def squared_norm(rows: torch.Tensor) -> torch.Tensor:
     """|row|² of every chain, `[B]`."""
-    return rows.flatten(1).square().sum(1)
+    return rows.reshape(rows.shape[0], -1).square().sum(1)
 
 
-class Metropolis:
+def plus(x: torch.Tensor, a: Coefficient, y: torch.Tensor) -> torch.Tensor:
+    """x + a y."""
+    return torch.addcmul(x, y, a) if isinstance(a, torch.Tensor) else torch.add(x, y, alpha=a)
+
+
+class Metropolis(Dynamics):
     """What the driver asks of a sampler that accepts or rejects."""
 
-    steps = None  # the call decides
     needs_energies = True
+    best_acceptance: float  # what a warm-up aims at unless told
+
+    @property
+    def carried(self) -> tuple[str, ...]:
+        """What a warm-up has learnt, where there is one."""
+        return () if self.warmup is None else ("warmup",)
+
+    def carry(self, x, backend, **where):
+        """The state of a warm-up that has not begun."""
+        return {} if self.warmup is None else {"warmup": self.warmup.begin(len(x), x.device)}
 
     @property
     def clamp(self) -> tuple[float, float] | None:
         """The bounds of the domain, where there are any: chains start and stay there."""
         return self.bounds
 
-    def noise_levels(self) -> None:
-        """Noise levels at which energies are taken: none."""
-
-    def initial_scale(self) -> float:
-        """Standard deviation of `init="normal"`."""
-        return 1.0
-
-    def native_options(self) -> None:
-        """Nothing: the chain engine does not accept and reject."""
-
-    @property
-    def fixed_schedule(self) -> bool:
-        """Whether the coefficients of a step are the same in every call."""
-        return not (callable(self.step_size) or callable(self.temperature))
+    def step_scale(self, carried) -> torch.Tensor | None:
+        """What the warm-up multiplies the step size by, `[n]`."""
+        return None if self.warmup is None or "warmup" not in carried else self.warmup.scale(carried["warmup"])
 
     def scales(self, steps: int, start: int) -> tuple[list[float], list[float]]:
         """Step sizes and temperatures of steps `start` to `start + steps - 1`."""

@@ -60,3 +60,20 @@ def values(schedule: Schedule, name: str, steps: int, start: int = 0) -> list[fl
         if not math.isfinite(v) or v < 0:
             raise ValueError(f"`{name}` must be finite and not negative, got {v} at step {start + i}")
     return found
+
+
+def positive(schedule: Schedule | None, name: str, steps: int, start: int = 0) -> list[float]:
+    """A schedule that is given, and whose values are all positive."""
+    if schedule is None:
+        raise ValueError(f"the sampler needs `{name}` (only Annealed sets it by itself)")
+    found = values(schedule, name, steps, start)
+    if any(v == 0 for v in found):
+        raise ValueError(f"`{name}` must be positive at every step")
+    return found
+
+
+def value_at(schedule: Schedule, step: int) -> float:
+    """A schedule's value where a chain begins: before step `step`; the first one of a sequence."""
+    if callable(schedule):
+        return float(schedule(step))
+    return float(schedule) if isinstance(schedule, Real) else float(next(iter(schedule), 1.0))
