@@ -73,6 +73,7 @@ def cases() -> dict[str, Callable[[], None]]:
         "step, K = 8, bfloat16, every option": _step(k=8, dtype=torch.bfloat16, **every),
         "step, float16": _step(k=1, dtype=torch.float16),
         "step, in a graph": _step(graph=True, faults=torch.zeros(64, dtype=torch.int64)),
+        "step, K = 0, in a graph": _step(k=0, graph=True, faults=torch.zeros(64, dtype=torch.int64)),
         "program": lambda: program.ProgramPlan(NESTED, total.device)(energies, total, weights),
         "accept": lambda: accept.accept(out, out.clone(), torch.zeros(64), flags, seed=1, step=5, first_chain=0),
     }

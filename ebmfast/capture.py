@@ -141,7 +141,7 @@ def _against(function, args, kwargs, out) -> str | None:
     if "aten.index" in name and name.split(".")[1] in ("index", "index_put", "index_put_", "_index_put_impl_"):
         bools = any(t.dtype in (torch.bool, torch.uint8) for t in tree_iter(args[1]) if isinstance(t, Tensor))
         return f"a model selects by a mask, the size of which the host waits for ({name})" if bools else None
-    if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(function.tags):
+    if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(getattr(function, "tags", ())):
         return f"a model waits for a result on the host ({name})"
     if len({t.device.type == "cpu" for t in tensors}) > 1 and name.startswith(("aten._to_copy", "aten.copy_")):
         return f"a model copies between host and device ({name})"
@@ -173,8 +173,9 @@ class Captures:
             return f"there are CUDA graphs on CUDA devices only, this is {device}"
         if not backend.captures:
             return f"backend {backend.name!r} takes step and schedules from the host; backend=\"triton\" reads them on the device"
-        if sampler is not None and not hasattr(getattr(sampler, "inner", sampler), "noise_first"):
-            return f"steps of {type(sampler).__name__} are not captured, those of Langevin and Annealed are"
+        inner = getattr(sampler, "inner", sampler)
+        if sampler is not None and not hasattr(inner, "noise_first"):
+            return f"steps of {type(inner).__name__} are not captured, those of Langevin are"
         return None
 
     def wrap(self, kernel, backend, device: torch.device, *, watched: bool, at_once: bool):
@@ -184,7 +185,8 @@ class Captures:
         """
         self.reason = self.against(backend, device)
         if self.reason is None and not isinstance(kernel, LangevinKernel):
-            self.reason = f"steps of {type(kernel).__name__} are not captured, those of Langevin and Annealed are"
+            name = type(getattr(kernel, "sampler", kernel)).__name__
+            self.reason = f"steps of {name} are not captured, those of Langevin are"
         if self.reason is None and not isinstance(kernel.evaluator, Evaluator):
             self.reason = "every chain runs a branch of its own"
         if self.reason is not None:
@@ -272,10 +274,18 @@ def _cause(error: BaseException) -> str:
 
 def _switches(device: str) -> tuple:
     """Settings of torch that decide which kernels run."""
-    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    return (torch.get_float32_matmul_precision(), cuda.allow_tf32, cuda.allow_bf16_reduced_precision_reduction,
-            cuda.allow_fp16_reduced_precision_reduction, cudnn.allow_tf32, cudnn.enabled, cudnn.benchmark, cudnn.deterministic,
-            torch.are_deterministic_algorithms_enabled(), torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    places = [(matmul, n) for n in ("allow_tf32", "fp32_precision", "allow_bf16_reduced_precision_reduction",
+                                    "allow_fp16_reduced_precision_reduction")]
+    places += [(cudnn, n) for n in ("allow_tf32", "fp32_precision", "enabled", "benchmark", "deterministic")]
+    found: list = [torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)]
+    found.append(torch.are_deterministic_algorithms_enabled())
+    for place, name in places:
+        try:
+            found.append(getattr(place, name, None))
+        except RuntimeError as error:  # torch will not name a setting that was made in its old way and its new one
+            found.append(str(error))
+    return tuple(found)
 
 
 def identity(models: Sequence, device: torch.device) -> tuple:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .composition import Concept, Expression, LogSumExp, Sum, WithPrior
+from .diagnostics import Stream, summarise
 from .driver import Call, Interrupt, by_step
 from .stacking import _HOOKS, _MODULE, _value
 from .state import Interrupted, Result, SampleState, TraceResult
@@ -181,8 +182,7 @@ class ManyDevices:
         state = dataclasses.replace(
             states[0], x=_joined([s.x for s in states], here), step=torch.cat([s.step for s in states]),
             faults=_joined([s.faults for s in states], here), first_chain=call.first_chain, conditions=dict(call.conditions))
-        if getattr(state, "extra", None):
-            state.extra = {k: _joined([s.extra[k] for s in states], here) for k in state.extra}
+        state.extra = {k: _joined([s.extra[k] for s in states], here) for k in state.extra}
         if stop.requested:
             raise Interrupted(state)
         reports = [p.report for p in parts]
@@ -190,8 +190,9 @@ class ManyDevices:
             reports[0], device=self._names(), chains=call.n, first_chain=call.first_chain, seconds=seconds,
             captured=all(r.captured for r in reports), faults=sorted((f for r in reports for f in r.faults), key=by_step))
         return Result(state.x, *(_joined([getattr(p, name) for p in parts], here) for name in ("energy", "leaf_energies")),
-                      _traces([p.trace for p in parts], here), state, report, _joined([p.acceptance for p in parts], here),
-                      _joined([p.branch for p in parts], torch.device("cpu")))
+                      _traces([p.trace for p in parts], state.faults), state, report,
+                      _joined([p.acceptance for p in parts], here), _joined([p.branch for p in parts], torch.device("cpu")),
+                      _joined([p.step_size for p in parts], here))
 
 
 def _each(n: int, unit: int, count: int) -> list[slice]:
@@ -264,11 +265,11 @@ def _device(device) -> torch.device:
 
 def _part(call: Call, rows: slice, device: torch.device) -> Call:
     """A block of a call's chains."""
-    changes = {"extra": {k: v[rows].to(device) for k, v in call.extra.items()}} if hasattr(call, "extra") else {}
     return dataclasses.replace(
         call, x=None if call.x is None else call.x[rows].to(device), n=rows.stop - rows.start, device=device,
         first_chain=call.first_chain + rows.start, step=call.step[rows], faults=call.faults[rows].to(device),
-        conditions={name: c[rows] for name, c in call.conditions.items()}, **changes)
+        conditions={name: c[rows] for name, c in call.conditions.items()},
+        extra={name: v[rows].to(device) for name, v in call.extra.items()})
 
 
 def _mask(mask, rows: slice, call: Call):
@@ -280,10 +281,11 @@ def _joined(tensors: list, device: torch.device) -> Tensor | None:
     return None if tensors[0] is None else torch.cat([t.to(device) for t in tensors])
 
 
-def _traces(traces: list, device: torch.device) -> TraceResult | None:
+def _traces(traces: list, faults: Tensor) -> TraceResult | None:
     """Chains side by side, at the steps that all of them passed in this call."""
     if traces[0] is None:
         return None
+    device = faults.device
     steps = [t for t in traces[0].steps.tolist() if all(t in other.steps.tolist() for other in traces)]
 
     def side_by_side(name: str):
@@ -292,4 +294,14 @@ def _traces(traces: list, device: torch.device) -> TraceResult | None:
         chosen = [getattr(t, name)[[t.steps.tolist().index(s) for s in steps]].to(device) for t in traces]
         return torch.cat(chosen, dim=1)
 
-    return TraceResult(torch.tensor(steps, dtype=torch.int64), side_by_side("energy"), side_by_side("x"))
+    result = TraceResult(torch.tensor(steps, dtype=torch.int64), side_by_side("energy"), side_by_side("x"))
+    if all(t.moments for t in traces):
+        streams = [_moved(stream, device) for t in traces for stream in t.moments[0]]
+        result.diagnostics = summarise(streams, faults == 0, traces[0].moments[1])
+    return result
+
+
+def _moved(stream: Stream, device: torch.device) -> Stream:
+    stream = copy.copy(stream)
+    vars(stream).update({k: v.to(device) for k, v in vars(stream).items() if isinstance(v, Tensor)})
+    return stream

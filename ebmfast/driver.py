@@ -83,6 +83,7 @@ class Chains:
         self.faults_seen: set[Fault] = set()
         self.carried = self._carry()
         self.captured: list[bool] = []  # of every micro-batch that ran
+        self.uncaptured: str | None = None  # why one was not
         self._kept: dict[int, list] = {}
         self._streams: dict[int, Stream] = {}
         self._accepted: torch.Tensor | None = None
@@ -224,6 +225,7 @@ class Chains:
             if bar is not None:
                 bar.update(state.step - before, kernel, evaluator, self.x[rows], self._sigma_of(state.step - 1))
         self.captured.append(getattr(kernel, "captured", False))
+        self.uncaptured = self.uncaptured or self.run_.captures.reason
         self.step[rows] = state.step
         self._handle_faults(rows, kernel, state, guard)
         accepted = kernel.acceptance()
@@ -362,7 +364,8 @@ class Chains:
             return torch.stack(rows) if rows else None
 
         return TraceResult(torch.tensor(steps, dtype=torch.int64), stack(1) if self.trace.energy else None,
-                           stack(2) if self.trace.states else None, self._diagnostics() if self._streams else None)
+                           stack(2) if self.trace.states else None, self._diagnostics() if self._streams else None,
+                           ([self._streams[k] for k in sorted(self._streams)], self._summary_shape) if self._streams else ())
 
     def state(self) -> SampleState:
         """Where every chain stands; its `x` is the result's."""

@@ -229,7 +229,7 @@ class Run:
             batch=chains.batch, seconds=time.perf_counter() - started, coefficients=chains.coefficients, faults=chains.faults_seen)
         report.halved_from = chains.halved_from
         report.captured = bool(chains.captured) and all(chains.captured)
-        report.uncaptured = None if report.captured or call.device.type not in GRAPHS else self.captures.reason
+        report.uncaptured = None if report.captured or call.device.type not in GRAPHS else chains.uncaptured
         if resume is None and QuickCall.fits(self, chain):
             self._quick[call.target] = QuickCall(self, chain, call.shape, call.target)
         return Result(chains.x, energy, leaf_energies, chains.trace_result(), chains.state(), report, chains.acceptance(),

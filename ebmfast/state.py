@@ -105,6 +105,7 @@ class TraceResult:
     energy: torch.Tensor | None
     x: torch.Tensor | None
     diagnostics: Diagnostics | None = None
+    moments: tuple = field(default=(), repr=False, compare=False)  # what diagnostics are made of: streams, shape
 
     def arviz(self) -> dict[str, dict[str, np.ndarray]]:
         """What was kept as `arviz.from_dict` takes it (`**` of it before ArviZ 1.0): groups of arrays `[chain, draw, ...]`."""

@@ -149,6 +149,7 @@ def test_frozen_elements(graphs, shape):
 
 def test_parameters_are_read_live(graphs):
     """Changed in place: the recording stays. Replaced, or a flag or a number changed: steps are recorded anew."""
+    torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 8), nn.SiLU(), nn.Linear(8, 1))
     e = ef.Concept(net) & A
     run, seen = prepare(e, stack_models=False), []
@@ -169,7 +170,7 @@ def test_parameters_are_read_live(graphs):
     check(3)
     net[1] = nn.ReLU()
     check(4)
-    net.append(nn.ReLU())
+    net.append(nn.Softplus())
     check(5)
 
 
@@ -219,6 +220,7 @@ def test_the_oldest_recording_goes(graphs, monkeypatch):
 
 def test_settings_of_torch_are_part_of_a_recording(graphs):
     run, before = prepare(A), torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(before)
     run(5, seed=1)
     try:
         torch.set_float32_matmul_precision("medium")
@@ -400,3 +402,23 @@ def test_the_tape_notices_what_is_stale(graphs):
     run = prepare(A)
     with mock.patch.object(step, "clock", lambda at, start, seed, first, **where: torch.tensor([at, start, 1, 0], **where)):
         assert not torch.equal(run(5, seed=2).x, prepare(A, capture=False)(5, seed=2).x)
+
+
+def test_energies_of_the_last_step_and_runaway_chains(graphs):
+    """The guard against compositions without a bottom reads the energies that a replay leaves, and waits for nothing on a GPU."""
+    from ebmfast.plan import Plan
+
+    e, x = A & B, torch.randn(5, 3)
+    backend, coefficients = backends.resolve("triton", "cpu"), LANGEVIN.coefficients(e, 6)
+    infos = []
+    for captures in (capture.Captures(), capture.Captures(enabled=False)):
+        kernel = LANGEVIN.bind(Plan(e).bind(x), backend, coefficients, 0, seed=1, first_chain=0, frozen_mask=None)
+        kernel = captures.wrap(kernel, backend, x.device, watched=False, at_once=False)
+        with torch.enable_grad():
+            kernel.advance(kernel.init(x.clone()), 6)
+        infos.append(torch.stack([energy.detach() for energy in kernel.info.leaf_energies]))
+    assert same_bits(*infos)
+    pit = ef.Concept(lambda x: -50.0 * x.square().sum(1), name="pit")
+    for on in (True, False):
+        with pytest.raises(ef.RunawayError):
+            prepare(pit, ef.Langevin(step_size=0.01), steps=80, capture=on, allow_improper=True)(5, seed=1)

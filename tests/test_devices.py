@@ -35,7 +35,8 @@ def test_equal_to_one_device(n, where):
 
 
 @pytest.mark.parametrize("sampler", [
-    ef.Langevin(drift=0.1, noise=0.1, noise_first=True, clamp=(-1, 1)), ef.MALA(0.1), ef.HMC(0.1, 2)], ids=repr)
+    ef.Langevin(drift=0.1, noise=0.1, noise_first=True, clamp=(-1, 1)), ef.MALA(0.1), ef.HMC(0.1, 2),
+    ef.BAOAB(0.1)], ids=repr)
 def test_samplers(sampler):
     one, two = both(A & B, sampler, n=9)
     assert (one.acceptance is None) == (two.acceptance is None)
@@ -67,6 +68,8 @@ def test_traces_and_callbacks():
     one, two = both(A & B, n=9, trace=ef.Trace(3, states=True))
     assert torch.equal(one.trace.steps, two.trace.steps)
     assert same_bits(one.trace.x, two.trace.x) and same_bits(one.trace.energy, two.trace.energy)
+    one, two = both(A & B, n=9, steps=20, trace=ef.Trace(2, diagnostics=True))
+    assert str(one.trace.diagnostics) == str(two.trace.diagnostics) and one.trace.diagnostics.chains == 9
     inside, seen = threading.Lock(), []
 
     def callback(info):

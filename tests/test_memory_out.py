@@ -33,7 +33,8 @@ def draw(model=None, batch_size=8, n=21, sampler=LANGEVIN, run=None, **options):
 
 
 @pytest.mark.parametrize("sampler", [
-    LANGEVIN, ef.Langevin(drift=0.1, noise=0.1, noise_first=True), ef.MALA(0.1), ef.HMC(0.1, 2)], ids=repr)
+    LANGEVIN, ef.Langevin(drift=0.1, noise=0.1, noise_first=True), ef.MALA(0.1), ef.HMC(0.1, 2),
+    ef.BAOAB(0.1)], ids=repr)
 @pytest.mark.parametrize("late", [0, 3], ids=["at once", "in the middle"])
 def test_micro_batches_are_halved_once(sampler, late):
     """An odd size, with a tail: what ran before stays, the rest is cut."""

@@ -7,12 +7,13 @@ start, seed, first chain), drift, noise, noise levels, states, faults, condition
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..weights import weight_at
-from .langevin import LangevinKernel, LangevinState, StepByStep
+from .langevin import LangevinInfo, LangevinKernel, LangevinState, StepByStep
 
 UNROLLED = 8  # steps of a replay, where that many are left: a launch costs the host some 10 µs
 STRIDE = 4 * UNROLLED  # steps between copies of the states, and between looks at faults
@@ -38,15 +39,16 @@ class Recording:
         self.frozen = None if frozen is None else frozen.clone()
         self.clock = torch.zeros(4, dtype=torch.int64, device=x.device)
         self._tick = torch.tensor([1, 0, 0, 0], device=x.device)
-        self._ones = torch.ones(self.evaluator.n_gradients, device=x.device)
-        length = self.capacity(kernel)
-        self.drift, self.noise, self.sigma, self._zeros = (torch.zeros(length, device=x.device) for _ in range(4))
+        where = {"device": x.device, "dtype": torch.float32}
+        self._ones = torch.ones(self.evaluator.n_gradients, **where)
+        self.drift, self.noise, self.sigma, self._zeros = (torch.zeros(self.capacity(kernel), **where) for _ in range(4))
         passes = self.evaluator.passes
         takes = any(p.group.source.takes_sigma for p in passes)
-        self.levels = torch.ones(max(map(len, passes), default=1) * len(x), device=x.device) if takes else None
+        self.levels = torch.ones(max(map(len, passes), default=1) * len(x), **where) if takes else None
         options = dict(seed=0, first_chain=0, frozen_mask=self.frozen, faults=self.faults, gradient_dtype=x.dtype)
         self._move = kernel.backend.prepare(self.x, n_gradients=self.evaluator.n_gradients, **kernel.options, **options)
         self._perturb = kernel.backend.prepare(self.x, n_gradients=0, **options) if sampler.noise_first else None
+        self.energies = torch.zeros(len(self.evaluator.plan.leaves), len(x), **where)  # of the leaves, in the last step
         self._replays: dict[tuple, Callable[[], None]] = {}
         self._signatures: dict[float | None, tuple] = {}
         self._sent = None
@@ -68,7 +70,7 @@ class Recording:
             for buffer, values in zip((self.drift, self.noise), coefficients.float32):
                 self.graphs.send(buffer, _filled(values, len(buffer)))
             if coefficients.sigma and coefficients.sigma[0] is not None:
-                self.graphs.send(self.sigma, _filled(torch.tensor(coefficients.sigma), len(self.sigma)))
+                self.graphs.send(self.sigma, _filled(torch.tensor(coefficients.sigma, dtype=torch.float32), len(self.sigma)))
             self._sent = coefficients
 
     def missing(self, kernel: LangevinKernel, steps: range) -> dict:
@@ -87,9 +89,11 @@ class Recording:
 
             def steps(count=count, sigma=sigma):
                 for _ in range(count):
-                    self._step(sigma)
+                    energies = self._step(sigma)
+                if energies:
+                    self.energies.copy_(torch.stack([e.detach().to(self.energies.dtype) for e in energies]))
 
-            self._replays[signature, count] = self.graphs.record(steps, lambda sigma=sigma: self._step(sigma))
+            self._replays[signature, count] = self.graphs.record(steps, partial(steps, 1))
 
     def run(self, kernel: LangevinKernel, state: LangevinState, until: int) -> None:
         """Steps up to, and without, step `until`, on the states of the caller."""
@@ -131,8 +135,9 @@ class Recording:
     def _sigma(kernel: LangevinKernel, step: int) -> float | None:
         return kernel.coefficients.sigma[step - kernel.start]
 
-    def _step(self, sigma: float | None, watch=None) -> None:
-        """One step in device memory. `sigma` stands for all noise levels at which the program has the same numbers."""
+    def _step(self, sigma: float | None, watch=None) -> list[Tensor]:
+        """One step in device memory; the leaves' energies. `sigma` stands for all noise levels at which the program has the
+        same numbers."""
         kind, noise, fork = self.x.device.type, self.noise, len(self.evaluator.passes) > 1
         if self.levels is not None and sigma is not None:
             entry = (self.clock[:1] - self.clock[1:2]).clamp(0, len(self.sigma) - 1)
@@ -144,14 +149,15 @@ class Recording:
         with torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False):
             with self.evaluator.captured(self.levels, self.graphs.fork if fork else None):
                 if watch is None:
-                    gradients, _ = self.evaluator.gradients(self.x, sigma)
+                    gradients, energies = self.evaluator.gradients(self.x, sigma)
                 else:
                     with watch:
-                        gradients, _ = self.evaluator.gradients(self.x, sigma)
+                        gradients, energies = self.evaluator.gradients(self.x, sigma)
         if fork:
             self.graphs.join(len(self.evaluator.passes))
         self._move(gradients, self._ones, self.drift, noise, self.clock)
         self.clock.add_(self._tick)
+        return energies
 
 
 class CapturedKernel(StepByStep):
@@ -199,6 +205,7 @@ class CapturedKernel(StepByStep):
         except RuntimeError as error:
             error.add_note(f"in captured steps {state.step} to {until - 1}; capture=False runs them one by one")
             raise
+        self.info = LangevinInfo(list(self._recording.energies))
         return state._replace(step=until)
 
     def suspect(self, state: LangevinState) -> bool:
@@ -211,7 +218,7 @@ class CapturedKernel(StepByStep):
 
 def _filled(values: Tensor, length: int) -> Tensor:
     """Values, the last repeated, as float32 `[length]`."""
-    out = torch.zeros(length)
+    out = torch.zeros(length, dtype=torch.float32)
     out[:len(values)] = values
     if len(values):
         out[len(values):] = values[-1]
