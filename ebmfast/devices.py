@@ -155,6 +155,8 @@ class ManyDevices:
         """Draw chains; arguments as in `sample`. `x` and `resume` lie on the first device, and results do.
 
         A callback is called by one thread at a time."""
+        if getattr(trace, "diagnostics", False):
+            raise ValueError("`trace` asks for diagnostics, which one device streams; several do not: keep states or energies")
         with self._lock:
             for share in self.shares:
                 share.refresh()
@@ -181,7 +183,7 @@ class ManyDevices:
         state = dataclasses.replace(
             states[0], x=_joined([s.x for s in states], here), step=torch.cat([s.step for s in states]),
             faults=_joined([s.faults for s in states], here), first_chain=call.first_chain, conditions=dict(call.conditions))
-        if getattr(state, "extra", None):
+        if state.extra:
             state.extra = {k: _joined([s.extra[k] for s in states], here) for k in state.extra}
         if stop.requested:
             raise Interrupted(state)
@@ -191,7 +193,7 @@ class ManyDevices:
             captured=all(r.captured for r in reports), faults=sorted((f for r in reports for f in r.faults), key=by_step))
         return Result(state.x, *(_joined([getattr(p, name) for p in parts], here) for name in ("energy", "leaf_energies")),
                       _traces([p.trace for p in parts], here), state, report, _joined([p.acceptance for p in parts], here),
-                      _joined([p.branch for p in parts], torch.device("cpu")))
+                      _joined([p.branch for p in parts], torch.device("cpu")), _joined([p.step_size for p in parts], here))
 
 
 def _each(n: int, unit: int, count: int) -> list[slice]:
@@ -264,11 +266,11 @@ def _device(device) -> torch.device:
 
 def _part(call: Call, rows: slice, device: torch.device) -> Call:
     """A block of a call's chains."""
-    changes = {"extra": {k: v[rows].to(device) for k, v in call.extra.items()}} if hasattr(call, "extra") else {}
     return dataclasses.replace(
         call, x=None if call.x is None else call.x[rows].to(device), n=rows.stop - rows.start, device=device,
         first_chain=call.first_chain + rows.start, step=call.step[rows], faults=call.faults[rows].to(device),
-        conditions={name: c[rows] for name, c in call.conditions.items()}, **changes)
+        conditions={name: c[rows] for name, c in call.conditions.items()},
+        extra={name: values[rows].to(device) for name, values in call.extra.items()})
 
 
 def _mask(mask, rows: slice, call: Call):
