@@ -38,6 +38,9 @@ bench: $(STAMP)
 	$(VENV)/bin/python -m bench.overhead
 	$(VENV)/bin/pip install --quiet -c constraints.txt jax
 	$(VENV)/bin/python -m bench.chain
+	$(VENV)/bin/python -m bench.cubes
+	$(VENV)/bin/pip install --quiet -c constraints.txt blackjax
+	$(VENV)/bin/python -m bench.mala
 
 # The C++ core under sanitizers: needs a C++ compiler and cmake, but no Python where cmake is installed.
 sanitize: $(CMAKE)

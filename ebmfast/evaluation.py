@@ -212,8 +212,8 @@ def expression(task: Task, settings: Settings, families: dict):
 
 
 def evaluate(task: Task, settings: Settings, families: dict, judge: Judge, n: int, condition_seed: int, seed: int,
-             batch_size: int = 64, progress: bool = False) -> tuple[dict[str, float], Tensor]:
-    """Draw `n` samples, one random condition each, and count what the judge sees.
+             batch_size: int = 64, progress: bool = False, **options) -> tuple[dict[str, float], Tensor]:
+    """Draw `n` samples, one random condition each, and count what the judge sees; `options` are those of `sample`.
 
     Returns the fractions of `task.report`, "all" and "present", with "either" for an OR; and the samples.
     """
@@ -224,7 +224,7 @@ def evaluate(task: Task, settings: Settings, families: dict, judge: Judge, n: in
     used = {slot: rows[slot] for slot in {slot for _, slot, _ in task.terms}}
     start = time.perf_counter()
     result = sample(expr, n=n, shape=(3, 32, 32), sampler=settings.sampler(), conditions=used, seed=seed,
-                    batch_size=batch_size, energies=False, progress=progress)
+                    batch_size=batch_size, energies=False, progress=progress, **options)
     seconds = time.perf_counter() - start
     return tally(task, judge.read(result.x), rows) | {"seconds": round(seconds, 1)}, result.x
 

@@ -203,3 +203,16 @@ def test_rows_of_a_call_are_parts_of_it():
     call = run._check(7, 1, None, None, None, 5, None)
     part = devices._part(call, slice(2, 6), torch.device("cpu"))
     assert part.n == 4 and part.first_chain == 7 and len(part.step) == len(part.faults) == 4
+
+
+@pytest.mark.parametrize("sampler", [ef.BAOAB(0.3), ef.MALA(0.2, warmup=ef.DualAveraging(4))], ids=["baoab", "mala"])
+def test_what_samplers_carry_is_dealt_out_and_gathered(sampler):
+    options = dict(shape=(3,), sampler=sampler, seed=0, engine="step")
+    one, two = (ef.sample(A, 7, steps=8, device=d, **options) for d in (None, TWO))
+    assert torch.equal(one.x, two.x) and all(torch.equal(v, two.state.extra[k]) for k, v in one.state.extra.items())
+    torch.testing.assert_close(one.step_size, two.step_size, rtol=0, atol=0)
+    first = ef.sample(A, 7, steps=5, device=TWO, **options)
+    rest = ef.sample(A, steps=3, device=TWO, resume=first.state, sampler=sampler, engine="step")
+    assert torch.equal(rest.x, one.x)
+    with pytest.raises(ValueError, match="diagnostics"):
+        ef.sample(A, 7, steps=8, device=TWO, trace=ef.Trace(diagnostics=True), **options)
