@@ -214,5 +214,6 @@ def test_what_samplers_carry_is_dealt_out_and_gathered(sampler):
     first = ef.sample(A, 7, steps=5, device=TWO, **options)
     rest = ef.sample(A, steps=3, device=TWO, resume=first.state, sampler=sampler, engine="step")
     assert torch.equal(rest.x, one.x)
-    with pytest.raises(ValueError, match="diagnostics"):
-        ef.sample(A, 7, steps=8, device=TWO, trace=ef.Trace(diagnostics=True), **options)
+    options |= {"trace": ef.Trace(diagnostics=True), "steps": 8}
+    found = [ef.sample(A, 7, device=d, **options).trace.diagnostics for d in ("cpu", TWO)]
+    assert str(found[0]) == str(found[1]) and torch.equal(found[0].ess, found[1].ess)
