@@ -32,9 +32,9 @@ def compiled(source: str, architecture: str, cubin: Path) -> list[dict]:
     log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     rows = []
     for part in log.split("Compiling entry function '")[1:]:
-        name, value = re.search(rf"({'|'.join(names)})(?:ILi(\d+)E)?", part.split("'", 1)[0]).group(1, 2)
+        name, *values = re.search(rf"({'|'.join(names)})(?:ILi(\d+)E(?:Lb(\d)E)?)?", part.split("'", 1)[0]).group(1, 2, 3)
         rows.append({
-            "kernel": f"{name}<{value}>" if value else name, "architecture": architecture,
+            "kernel": name + (f"<{', '.join(v for v in values if v)}>" if values[0] else ""), "architecture": architecture,
             "registers": int(re.search(r"Used (\d+) registers", part)[1]),
             "spills": sum(map(int, re.findall(r"(\d+) bytes spill", part))),
             "shared": int((re.search(r"(\d+) bytes smem", part) or [0, 0])[1]),

@@ -25,12 +25,13 @@ struct Threads {
     }
 };
 
-template <int C> __global__ void __launch_bounds__(kThreads, 1) chain_blocks(const __grid_constant__ Arguments a, bool energies) {
+// Shared: scratch lies there, known to the compiler.
+template <int C, bool Shared> __global__ void __launch_bounds__(kThreads, 2) chain_blocks(const __grid_constant__ Arguments a, bool energies) {
     extern __shared__ Words4 shared[];
     const int64_t floats = int64_t(a.rows.total) * row_stride(C);
     float* own = reinterpret_cast<float*>(shared);
-    float* scratch = a.memory != nullptr ? a.memory + int64_t(blockIdx.x) * floats : own;
-    uint32_t* staged = a.staged ? reinterpret_cast<uint32_t*>(own + (a.memory != nullptr ? 0 : floats)) : nullptr;
+    float* scratch = Shared ? own : a.memory + int64_t(blockIdx.x) * floats;
+    uint32_t* staged = a.staged ? reinterpret_cast<uint32_t*>(own + (Shared ? floats : 0)) : nullptr;
     ChainBlock<Threads, C> block(a, scratch, staged, Threads());
     block.stage();
     for (int64_t first = int64_t(blockIdx.x) * C; first < a.chain.chains; first += int64_t(gridDim.x) * C) {
@@ -85,16 +86,18 @@ std::string launch_jobs(const Job* jobs, int n, int64_t most_items, void* stream
 }
 
 std::string launch_chains(const Arguments& a, const Launch& l, bool energies, void* stream) {
-    const auto blocks = [&](const char* name, auto kernel) { return start(name, kernel, a, l, kThreads, energies, stream); };
+    const auto blocks = [&](const char* name, auto with_shared, auto without) {
+        return start(name, l.shared ? with_shared : without, a, l, kThreads, energies, stream);
+    };
     const auto registers = [&](const char* name, auto kernel) { return start(name, kernel, a, l, kRegisterWarps * kWarp, energies, stream); };
     if (l.registers) {
         return l.quads == 1   ? registers("chain_registers<1>", chain_registers<1>)
                : l.quads == 2 ? registers("chain_registers<2>", chain_registers<2>)
                               : registers("chain_registers<4>", chain_registers<4>);
     }
-    return l.chains == 8    ? blocks("chain_blocks<8>", chain_blocks<8>)
-           : l.chains == 16 ? blocks("chain_blocks<16>", chain_blocks<16>)
-                            : blocks("chain_blocks<32>", chain_blocks<32>);
+    return l.chains == 8    ? blocks("chain_blocks<8>", chain_blocks<8, true>, chain_blocks<8, false>)
+           : l.chains == 16 ? blocks("chain_blocks<16>", chain_blocks<16, true>, chain_blocks<16, false>)
+                            : blocks("chain_blocks<32>", chain_blocks<32, true>, chain_blocks<32, false>);
 }
 
 }  // namespace cuda
