@@ -26,6 +26,7 @@ endmacro()
 
 function(ebmfast_add_cuda target)
   target_sources(${target} PRIVATE csrc/cuda/step.cu csrc/cuda/chain.cu)
+  set_source_files_properties(csrc/cuda/plan.cpp PROPERTIES COMPILE_DEFINITIONS EBMFAST_CUDA_LAUNCHES)
   set_target_properties(${target} PROPERTIES CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON)
   target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--fmad=false>)
 endfunction()

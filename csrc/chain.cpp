@@ -5,7 +5,6 @@
 #include <new>
 #include <stdexcept>
 
-#include "cuda/chain.h"
 #include "dispatch.h"
 #include "pool.h"
 
@@ -64,6 +63,7 @@ template <class T> void Aligned<T>::resize(size_t n) {
 
 template class Aligned<float>;
 template class Aligned<uint32_t>;
+template class Aligned<double>;
 
 void PackedMatrix::refresh(int panel) {
     const size_t row = size_t(in_);
@@ -83,8 +83,8 @@ void PackedMatrix::refresh(int panel) {
     }
     forward_.resize(copy_.size());
     backward_.resize(copy_.size());
-    pack_panels(w, out_, in_, in_, 1, panel == kOnePanel ? out_ : panel, forward_.data());
-    pack_panels(w, in_, out_, 1, in_, panel == kOnePanel ? in_ : panel, backward_.data());
+    pack_panels(w, out_, in_, in_, 1, panel, forward_.data());
+    pack_panels(w, in_, out_, 1, in_, panel, backward_.data());
 }
 
 int chain_vectors(int64_t chains, int threads, int lanes) {
@@ -92,7 +92,7 @@ int chain_vectors(int64_t chains, int threads, int lanes) {
     return chains <= lanes || wide < threads ? 1 : kMaxVectors;
 }
 
-ChainPlan::ChainPlan(int64_t size, const std::vector<std::pair<int, int>>& codes, bool as_gpu) : size_(size), as_gpu_(as_gpu) {
+Composition::Composition(int64_t size, const std::vector<std::pair<int, int>>& codes) : size_(size) {
     std::vector<int> stack;
     int values = 0;
     for (const auto& [code, operand] : codes) {
@@ -114,7 +114,7 @@ ChainPlan::ChainPlan(int64_t size, const std::vector<std::pair<int, int>>& codes
     values_.resize(size_t(values));
 }
 
-int ChainPlan::add(UnitKind kind, int leaf, std::vector<ChainLayer> layers, std::vector<LayerData> data) {
+int Composition::add(UnitKind kind, int leaf, std::vector<ChainLayer> layers, std::vector<LayerData> data) {
     ChainUnit unit{};
     unit.kind = kind;
     unit.leaf = leaf;
@@ -126,9 +126,9 @@ int ChainPlan::add(UnitKind kind, int leaf, std::vector<ChainLayer> layers, std:
     return units() - 1;
 }
 
-int ChainPlan::add(UnitKind kind, int leaf) { return add(kind, leaf, {}, {}); }
+int Composition::add(UnitKind kind, int leaf) { return add(kind, leaf, {}, {}); }
 
-int ChainPlan::add_mlp(int leaf, const std::vector<std::pair<std::shared_ptr<PackedMatrix>, Activation>>& specs) {
+int Composition::add_mlp(int leaf, const std::vector<std::pair<std::shared_ptr<PackedMatrix>, Activation>>& specs) {
     std::vector<ChainLayer> layers;
     std::vector<LayerData> data;
     int64_t slopes = 0;
@@ -147,7 +147,7 @@ int ChainPlan::add_mlp(int leaf, const std::vector<std::pair<std::shared_ptr<Pac
     return add(UnitKind::mlp, leaf, std::move(layers), std::move(data));
 }
 
-int ChainPlan::add_full(int leaf, std::shared_ptr<PackedMatrix> precision) {
+int Composition::add_full(int leaf, std::shared_ptr<PackedMatrix> precision) {
     widest_ = std::max(widest_, size_);
     work_ += double(size_) * double(size_);
     std::vector<LayerData> data(1);
@@ -155,30 +155,30 @@ int ChainPlan::add_full(int leaf, std::shared_ptr<PackedMatrix> precision) {
     return add(UnitKind::full, leaf, {}, std::move(data));
 }
 
-void ChainPlan::set_constants(int unit, float constant, float a, float b, float c) {
+void Composition::set_constants(int unit, float constant, float a, float b, float c) {
     ChainUnit& u = units_.at(size_t(unit));
     u.constant = constant, u.a = a, u.b = b, u.c = c;
 }
 
-void ChainPlan::set_vectors(int unit, const float* mean, const float* precision, const float* read_out, const float* constant) {
+void Composition::set_vectors(int unit, const float* mean, const float* precision, const float* read_out, const float* constant) {
     ChainUnit& u = units_.at(size_t(unit));
     u.mean = mean, u.precision = precision, u.read_out = read_out;
     constants_[size_t(unit)] = constant;
 }
 
-void ChainPlan::set_conditioning(int unit, int layer, const ChainConditioning& conditioning, std::vector<float> fixed) {
+void Composition::set_conditioning(int unit, int layer, const ChainConditioning& conditioning, std::vector<float> fixed) {
     ChainLayer& l = layers_.at(size_t(unit)).at(size_t(layer));
     l.conditioning = conditioning;
     condition_width_ = std::max<int64_t>(condition_width_, conditioning.width);
     if (conditioning.slot >= 0 && l.own_rows < 0) {
-        if (rows_.total > 0) throw std::logic_error("a layer's conditioning comes before what needs the layout of scratch");
+        if (laid_out_) throw std::logic_error("a layer's conditioning comes before what needs the layout of scratch");
         l.own_rows = int(condition_rows_);
         condition_rows_ += l.out * (conditioning.scale_weight != nullptr ? 2 : 1);
     }
     data_[size_t(unit)][size_t(layer)].fixed = std::move(fixed);
 }
 
-void ChainPlan::set_sampler(bool noise_first, const float* clamp, const float* clip, const float* clip_norm) {
+void Composition::set_sampler(bool noise_first, const float* clamp, const float* clip, const float* clip_norm) {
     sampler_.noise_first = noise_first;
     sampler_.clamps = clamp != nullptr;
     if (clamp != nullptr) sampler_.low = clamp[0], sampler_.high = clamp[1];
@@ -215,10 +215,9 @@ void ChainPlan::fold(ChainLayer& l, LayerData& data) {
 
 void ChainPlan::refresh() {
     kernels_ = &chain_kernels();
-    const int panel = as_gpu_ ? kOnePanel : kernels_->panel;
     for (size_t u = 0; u < units_.size(); ++u) {
         if (constants_[u] != nullptr) units_[u].constant = *constants_[u];
-        for (const LayerData& data : data_[u]) data.matrix->refresh(panel);
+        for (const LayerData& data : data_[u]) data.matrix->refresh(kernels_->panel);
         for (size_t l = 0; l < layers_[u].size(); ++l) {
             ChainLayer& layer = layers_[u][l];
             const PackedMatrix& m = *data_[u][l].matrix;
@@ -238,7 +237,8 @@ int64_t ChainPlan::scratch_bytes() {
 
 // Where each array of a tile lies.
 void ChainPlan::lay_out() {
-    if (rows_.total > 0) return;
+    if (laid_out_) return;
+    laid_out_ = true;
     int64_t next = 0;
     const auto take = [&next](int64_t rows) { return next += rows, next - rows; };
     const int64_t units = int64_t(units_.size()), nodes = int64_t(nodes_.size());
@@ -278,9 +278,7 @@ template <class Work> void ChainPlan::tiles(ChainArgs& a, int threads, Work each
     parallel_for((a.chains + tile - 1) / tile, threads, range, 1);
 }
 
-bool ChainPlan::run(const ChainCall& call) {
-    const auto fine = [&call] { return std::all_of(call.faults, call.faults + call.chains, [](int64_t f) { return f == 0; }); };
-    if (call.chains == 0 || call.steps == 0 || size_ == 0) return fine();
+ChainArgs Composition::arguments(const ChainCall& call) const {
     ChainArgs a = sampler_;
     a.x = call.x;
     a.chains = call.chains;
@@ -290,9 +288,17 @@ bool ChainPlan::run(const ChainCall& call) {
     a.frozen = call.frozen;
     a.frozen_stride = call.frozen_per_chain ? size_ : 0;
     a.faults = call.faults;
+    a.size = size_;
+    return a;
+}
+
+bool ChainPlan::run(const ChainCall& call) {
+    const auto fine = [&call] { return std::all_of(call.faults, call.faults + call.chains, [](int64_t f) { return f == 0; }); };
+    if (call.chains == 0 || call.steps == 0 || size_ == 0) return fine();
+    ChainArgs a = arguments(call);
     a.conditions = call.conditions.data();
     complete(a);
-    as_gpu_ ? cuda::emulate_chain(a, false) : tiles(a, call.threads, kernels_->run);
+    tiles(a, call.threads, kernels_->run);
     return fine();
 }
 
@@ -304,7 +310,7 @@ void ChainPlan::energies(const float* x, int64_t chains, const std::vector<const
     a.energies = out;
     a.conditions = conditions.data();
     complete(a);
-    as_gpu_ ? cuda::emulate_chain(a, true) : tiles(a, threads, kernels_->energies);
+    tiles(a, threads, kernels_->energies);
 }
 
 bool all_finite(const float* x, int64_t n) {

@@ -27,19 +27,20 @@ private:
 
 // W [out][in] and its transpose as panels: `panel` outputs side by side (the last ones of a matrix by powers of two), input after
 // input, so that a product reads them in order. `bf16`: pairs of inputs, rounded to nearest even; an odd last input pairs with 0.
-constexpr int kOnePanel = -1;  // plain matrices, [in][out] forward and [out][in] backward
-
 class PackedMatrix {
 public:
     PackedMatrix(int out, int in, bool bf16) : out_(out), in_(in), bf16_(bf16) {}
 
     void set_source(const float* w, int64_t row_stride) { source_ = w, stride_ = row_stride; }
-    // Packs in panels of that size (or kOnePanel, float32 only), unless the source holds what it held at the last call. The comparison reads every weight once: no
+    // Packs in panels of that size, unless the source holds what it held at the last call. The comparison reads every weight once: no
     // version counter tells of all writes to a tensor.
     void refresh(int panel);
 
     int out() const { return out_; }
     int in() const { return in_; }
+    bool bf16() const { return bf16_; }
+    const float* source() const { return source_; }
+    int64_t stride() const { return stride_; }
     const float* forward() const { return forward_.data(); }
     const float* backward() const { return backward_.data(); }
     const uint32_t* forward16() const { return forward16_.data(); }
@@ -70,12 +71,11 @@ struct ChainCall {
     int threads;
 };
 
-// A composition over chains of `size` elements. It reads the memory of the pointers it was given: they must stay valid, and what
-// stands there is read anew by every `refresh`, which comes before `run` and `energies`.
-class ChainPlan {
+// A composition over chains of `size` elements, for one machine or another. It reads the memory of the pointers it was given: they must
+// stay valid, and what stands there is read anew by every `refresh` (or `prepare`), which comes before `run` and `energies`.
+class Composition {
 public:
-    // as_gpu: runs the text of the GPU's kernel on the host (cuda/chain_block.h), for tests.
-    ChainPlan(int64_t size, const std::vector<std::pair<int, int>>& codes, bool as_gpu = false);
+    Composition(int64_t size, const std::vector<std::pair<int, int>>& codes);
 
     // Hidden layers with their matrices; each unit's number is returned.
     int add_mlp(int leaf, const std::vector<std::pair<std::shared_ptr<PackedMatrix>, Activation>>& layers);
@@ -90,26 +90,17 @@ public:
 
     int units() const { return int(units_.size()); }
     double work() const { return work_ + 12.0 * double(size_) * double(units_.size()); }  // multiplications per chain and step, about
-    int64_t scratch_bytes();  // of one thread, which keeps them
-    void refresh();
-    bool run(const ChainCall& call);  // whether every chain is free of faults
-    void energies(const float* x, int64_t chains, const std::vector<const float*>& conditions, float* out, int threads);  // [units][chains]
 
-private:
+protected:
     // What a layer needs beside the numbers that kernels see.
     struct LayerData {
         std::shared_ptr<PackedMatrix> matrix;
         std::vector<float> fixed, shift, scale;
     };
 
-    int add(UnitKind kind, int leaf, std::vector<ChainLayer> layers, std::vector<LayerData> data);
-    void fold(ChainLayer& layer, LayerData& data);
-    void lay_out();
-    void complete(ChainArgs& args);
-    template <class Work> void tiles(ChainArgs& args, int threads, Work each);
+    ChainArgs arguments(const ChainCall& call) const;
 
     int64_t size_;
-    bool as_gpu_;
     std::vector<ChainUnit> units_;
     std::vector<const float*> constants_;  // where a unit's constant stands, or null
     std::vector<std::vector<ChainLayer>> layers_;
@@ -117,11 +108,33 @@ private:
     std::vector<ChainNode> nodes_;
     std::vector<int> children_;
     std::vector<float> values_;
-    const ChainKernels* kernels_ = nullptr;  // of the level for which weights are packed
     ChainArgs sampler_{};
-    ChainRows rows_{};
+    bool laid_out_ = false;
     int64_t condition_rows_ = 0, condition_width_ = 0, slope_rows_ = 0, widest_ = 0;
     double work_ = 0;  // of matrices and activations
+
+private:
+    int add(UnitKind kind, int leaf, std::vector<ChainLayer> layers, std::vector<LayerData> data);
+};
+
+// On the CPU.
+class ChainPlan : public Composition {
+public:
+    using Composition::Composition;
+
+    int64_t scratch_bytes();  // of one thread, which keeps them
+    void refresh();
+    bool run(const ChainCall& call);  // whether every chain is free of faults
+    void energies(const float* x, int64_t chains, const std::vector<const float*>& conditions, float* out, int threads);  // [units][chains]
+
+private:
+    void fold(ChainLayer& layer, LayerData& data);
+    void lay_out();
+    void complete(ChainArgs& args);
+    template <class Work> void tiles(ChainArgs& args, int threads, Work each);
+
+    const ChainKernels* kernels_ = nullptr;  // of the level for which weights are packed
+    ChainRows rows_{};
 };
 
 bool all_finite(const float* x, int64_t n);

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "chain.h"
+#include "cuda/plan.h"
 #include "dispatch.h"
 
 namespace py = pybind11;
@@ -22,7 +23,7 @@ template <class T> T* pointer(uintptr_t address) { return reinterpret_cast<T*>(a
 
 // Addresses of a layer's conditioning (0: none), and the condition where all chains share one.
 void set_conditioning(
-    ChainPlan& plan, int unit, int layer, int width, int slot, std::vector<float> fixed, uintptr_t bias, std::pair<uintptr_t, int64_t> shift_weight,
+    Composition& plan, int unit, int layer, int width, int slot, std::vector<float> fixed, uintptr_t bias, std::pair<uintptr_t, int64_t> shift_weight,
     uintptr_t shift_bias, std::pair<uintptr_t, int64_t> scale_weight, uintptr_t scale_bias
 ) {
     const ChainConditioning k{
@@ -90,6 +91,83 @@ private:
     std::vector<std::pair<py::object, Py_ssize_t>> sizes_;
 };
 
+py::dict as_dict(const cuda::Launch& l) {
+    return py::dict(
+        py::arg("registers") = l.registers, py::arg("chains") = l.chains, py::arg("quads") = l.quads, py::arg("shift") = l.shift,
+        py::arg("together") = l.together, py::arg("staged") = l.staged, py::arg("shared") = l.shared, py::arg("shared_bytes") = l.shared_bytes,
+        py::arg("blocks") = l.blocks, py::arg("memory_bytes") = l.memory_bytes
+    );
+}
+
+void bind_device(py::module_& m) {
+    using cuda::DevicePlan;
+    m.def(
+        "cuda_limits",
+        [](int device) {
+            cuda::Device limits{};
+            const std::string error = cuda::limits_of(device, limits);
+            if (!error.empty()) throw std::runtime_error(error);
+            return py::make_tuple(limits.processors, limits.shared_bytes);
+        },
+        py::arg("device"), "Streaming multiprocessors of a GPU, and the shared memory that one of its blocks may ask for."
+    );
+    py::class_<DevicePlan, Composition>(m, "DevicePlan")
+        .def(
+            py::init([](int64_t size, const std::vector<std::pair<int, int>>& codes, bool tf32, bool gpu, int processors, int shared_bytes, bool reversed) {
+                return std::make_unique<DevicePlan>(size, codes, tf32, cuda::Device{gpu, processors, shared_bytes, reversed});
+            }),
+            py::arg("size"), py::arg("codes"), py::arg("tf32"), py::arg("gpu"), py::arg("processors"), py::arg("shared_bytes"),
+            py::arg("reversed") = false
+        )
+        .def("blob_bytes", &DevicePlan::blob_bytes, "Device memory for tables and packed weights.")
+        .def(
+            "image",
+            [](DevicePlan& self, uintptr_t base) {
+                const auto& image = self.image(base);
+                return py::bytes(reinterpret_cast<const char*>(image.data()), image.size());
+            },
+            py::arg("base"), "What has to stand at the beginning of that memory."
+        )
+        .def("choose", [](DevicePlan& self, int64_t chains) { return as_dict(self.choose(chains)); }, py::arg("chains"))
+        .def(
+            "prepare",
+            [](DevicePlan& self, uintptr_t base, uintptr_t stream) {
+                const py::gil_scoped_release release;
+                self.prepare(base, pointer<void>(stream));
+            },
+            py::arg("base"), py::arg("stream"), "Reads parameters anew, packs and folds them; comes before run and energies."
+        )
+        .def(
+            "run",
+            [](DevicePlan& self, uintptr_t base, uintptr_t x, int64_t chains, uint64_t seed, uint64_t first_chain, uint32_t stream, uint32_t step,
+               int64_t steps, uintptr_t drift, uintptr_t noise, const std::vector<uintptr_t>& conditions, uintptr_t frozen, bool frozen_per_chain,
+               uintptr_t faults, uintptr_t values, uintptr_t memory, uintptr_t cuda_stream) {
+                const ChainCall call{pointer<float>(x), chains, {seed, first_chain, step, stream, 0}, steps, pointer<const float>(drift),
+                                     pointer<const float>(noise), condition_pointers(conditions), pointer<const uint8_t>(frozen),
+                                     frozen_per_chain, pointer<int64_t>(faults), 0};
+                const py::gil_scoped_release release;
+                self.run(base, call, pointer<const float>(values), pointer<float>(memory), pointer<void>(cuda_stream));
+            },
+            py::arg("base"), py::arg("x"), py::arg("chains"), py::arg("seed"), py::arg("first_chain"), py::arg("stream"), py::arg("step"),
+            py::arg("steps"), py::arg("drift"), py::arg("noise"), py::arg("conditions"), py::arg("frozen"), py::arg("frozen_per_chain"),
+            py::arg("faults"), py::arg("values"), py::arg("memory"), py::arg("cuda_stream")
+        )
+        .def(
+            "energies",
+            [](DevicePlan& self, uintptr_t base, uintptr_t x, int64_t chains, const std::vector<uintptr_t>& conditions, uintptr_t out,
+               uintptr_t values, uintptr_t memory, uintptr_t cuda_stream) {
+                const auto pointers = condition_pointers(conditions);
+                const py::gil_scoped_release release;
+                self.energies(
+                    base, pointer<const float>(x), chains, pointers, pointer<float>(out), pointer<const float>(values), pointer<float>(memory),
+                    pointer<void>(cuda_stream)
+                );
+            },
+            py::arg("base"), py::arg("x"), py::arg("chains"), py::arg("conditions"), py::arg("out"), py::arg("values"), py::arg("memory"),
+            py::arg("cuda_stream")
+        );
+}
+
 }  // namespace
 
 void bind_chain(py::module_& m) {
@@ -120,25 +198,24 @@ void bind_chain(py::module_& m) {
     py::class_<PackedMatrix, std::shared_ptr<PackedMatrix>>(m, "PackedMatrix")
         .def(py::init<int, int, bool>(), py::arg("rows"), py::arg("columns"), py::arg("bf16"))
         .def("set_source", [](PackedMatrix& self, uintptr_t w, int64_t stride) { self.set_source(pointer<const float>(w), stride); });
-    py::class_<ChainPlan>(m, "ChainPlan")
-        .def(py::init<int64_t, const std::vector<std::pair<int, int>>&, bool>(), py::arg("size"), py::arg("codes"), py::arg("as_gpu") = false)
+    py::class_<Composition>(m, "Composition")
         .def(
             "add_mlp",
-            [](ChainPlan& self, int leaf, const std::vector<std::pair<std::shared_ptr<PackedMatrix>, int>>& layers) {
+            [](Composition& self, int leaf, const std::vector<std::pair<std::shared_ptr<PackedMatrix>, int>>& layers) {
                 std::vector<std::pair<std::shared_ptr<PackedMatrix>, Activation>> specs;
                 for (const auto& [matrix, activation] : layers) specs.emplace_back(matrix, Activation(activation));
                 return self.add_mlp(leaf, specs);
             },
             py::arg("leaf"), py::arg("layers")
         )
-        .def("add_full", &ChainPlan::add_full, py::arg("leaf"), py::arg("precision"))
-        .def("add_diagonal", [](ChainPlan& self, int leaf) { return self.add(UnitKind::diagonal, leaf); }, py::arg("leaf"))
-        .def("add_quartic", [](ChainPlan& self, int leaf) { return self.add(UnitKind::quartic, leaf); }, py::arg("leaf"))
-        .def("add_rosenbrock", [](ChainPlan& self, int leaf) { return self.add(UnitKind::rosenbrock, leaf); }, py::arg("leaf"))
-        .def("set_constants", &ChainPlan::set_constants, py::arg("unit"), py::arg("constant"), py::arg("a"), py::arg("b"), py::arg("c"))
+        .def("add_full", &Composition::add_full, py::arg("leaf"), py::arg("precision"))
+        .def("add_diagonal", [](Composition& self, int leaf) { return self.add(UnitKind::diagonal, leaf); }, py::arg("leaf"))
+        .def("add_quartic", [](Composition& self, int leaf) { return self.add(UnitKind::quartic, leaf); }, py::arg("leaf"))
+        .def("add_rosenbrock", [](Composition& self, int leaf) { return self.add(UnitKind::rosenbrock, leaf); }, py::arg("leaf"))
+        .def("set_constants", &Composition::set_constants, py::arg("unit"), py::arg("constant"), py::arg("a"), py::arg("b"), py::arg("c"))
         .def(
             "set_vectors",
-            [](ChainPlan& self, int unit, uintptr_t mean, uintptr_t precision, uintptr_t read_out, uintptr_t constant) {
+            [](Composition& self, int unit, uintptr_t mean, uintptr_t precision, uintptr_t read_out, uintptr_t constant) {
                 self.set_vectors(
                     unit, pointer<const float>(mean), pointer<const float>(precision), pointer<const float>(read_out),
                     pointer<const float>(constant)
@@ -150,17 +227,19 @@ void bind_chain(py::module_& m) {
             "set_conditioning", &set_conditioning, py::arg("unit"), py::arg("layer"), py::arg("width"), py::arg("slot"), py::arg("fixed"),
             py::arg("bias"), py::arg("shift_weight"), py::arg("shift_bias"), py::arg("scale_weight"), py::arg("scale_bias")
         )
-        .def("set_values", &ChainPlan::set_values)
+        .def("set_values", &Composition::set_values)
         .def(
             "set_sampler",
-            [](ChainPlan& self, bool noise_first, std::optional<std::pair<float, float>> clamp, std::optional<float> clip,
+            [](Composition& self, bool noise_first, std::optional<std::pair<float, float>> clamp, std::optional<float> clip,
                std::optional<float> clip_norm) {
                 const float bounds[2] = {clamp ? clamp->first : 0, clamp ? clamp->second : 0};
                 self.set_sampler(noise_first, clamp ? bounds : nullptr, clip ? &*clip : nullptr, clip_norm ? &*clip_norm : nullptr);
             },
             py::arg("noise_first"), py::arg("clamp"), py::arg("clip_value"), py::arg("clip_norm")
         )
-        .def("work", &ChainPlan::work, "Multiplications per chain and step, about.")
+        .def("work", &Composition::work, "Multiplications per chain and step, about.");
+    py::class_<ChainPlan, Composition>(m, "ChainPlan")
+        .def(py::init<int64_t, const std::vector<std::pair<int, int>>&>(), py::arg("size"), py::arg("codes"))
         .def("scratch_bytes", &ChainPlan::scratch_bytes, "Scratch memory of one thread.")
         .def("refresh", &ChainPlan::refresh, "Reads parameters anew; comes before run and energies.")
         .def(
@@ -187,4 +266,5 @@ void bind_chain(py::module_& m) {
             },
             py::arg("x"), py::arg("chains"), py::arg("conditions"), py::arg("out"), py::arg("threads")
         );
+    bind_device(m);
 }

@@ -345,7 +345,7 @@ class CpuBackend(Backend):
 
 
 class CudaBackend(Backend):
-    """CUDA C++ kernels, in stream order. Not in "auto": they have been compiled, never run on a GPU."""
+    """CUDA C++ kernels of the step, in stream order, and whole chains (`ebmfast.cuda_chain`). Not in "auto": never run on a GPU."""
 
     name = "cuda"
     home = "cuda"

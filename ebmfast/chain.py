@@ -1,8 +1,9 @@
 """The chain engine: compositions of native energies, whose chains run whole in C++ (`csrc/chain_kernels.cpp`).
 
 Native are the energies of `ebmfast.energies` that have a closed-form gradient, `MLP`, and plain `nn.Sequential`s of
-Linear layers and known activations, with float32 parameters on the CPU. A subclass that overrides `forward`, a
-hook, a parametrisation, or any other layer makes a module one for the step engine; `NotNative` says which and why.
+Linear layers and known activations, with float32 parameters on the CPU (`ebmfast.cuda_chain` does the same on a GPU). A
+subclass that overrides `forward`, a hook, a parametrisation, or any other layer makes a module one for the step engine;
+`NotNative` says which and why.
 
 Parameters are read at every call: packed weights are compared with the memory they were packed from, so that no
 write to a parameter, in whatever way it is made, goes unseen.
@@ -43,7 +44,8 @@ class Watch:
     that a module has to be read, or recognised, anew. What is written *in* a tensor's memory needs no watch.
     """
 
-    def __init__(self):
+    def __init__(self, device: torch.device):
+        self.device = device
         self._core = core.Watch()
         self.unchanged = self._core.unchanged
 
@@ -80,7 +82,7 @@ class Watch:
             return None
         if type(value) not in (Tensor, nn.Parameter):
             raise NotNative(f"{leaf.name}: its {name} is a {type(value).__name__}")
-        if value.dtype != torch.float32 or value.device.type != "cpu":
+        if value.dtype != torch.float32 or value.device != self.device:
             raise NotNative(f"{leaf.name}: its {name} is {str(value.dtype).removeprefix('torch.')} on {value.device}")
         if tuple(value.shape) != tuple(shape):
             raise NotNative(f"{leaf.name}: its {name} is {list(value.shape)}, chains need {list(shape)}")
@@ -144,7 +146,7 @@ class _Coordinates(_Native):
 
         match _kind(model):
             case energies.Harmonic:
-                plain = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
+                plain = {"dtype": torch.float32, "device": watch.device}  # whatever torch's defaults are
                 self.keep = torch.zeros(self.size, **plain), torch.full((self.size,), number(model, "k"), **plain)
                 plan.set_vectors(self.unit, self.keep[0].data_ptr(), self.keep[1].data_ptr(), 0, 0)
             case energies.Rosenbrock:
@@ -367,34 +369,37 @@ class Chain:
         shape: shape S of one chain.
         compute_dtype: None or float32, or bfloat16 for the products of hidden layers with hidden layers, sums in
             float32 (the first layer, biases, activations and the state stay float32).
+        device: where the parameters are.
         noise_first, clamp, clip_value, clip_norm: what every step does beside the gradient, as in `Langevin`.
 
     Raises:
         NotNative: with the reason, naming the leaf.
     """
 
+    paced = True  # whether a call of `run` takes as long as its steps do
+
     def __init__(self, expression: Expression, shape: Sequence[int], compute_dtype: torch.dtype | None = None, *,
-                 noise_first: bool = False, clamp: tuple[float, float] | None = None, clip_value: float | None = None,
-                 clip_norm: float | None = None):
+                 device: torch.device | str = "cpu", noise_first: bool = False, clamp: tuple[float, float] | None = None,
+                 clip_value: float | None = None, clip_norm: float | None = None):
         if any(GLOBAL_HOOKS):
             raise NotNative("global hooks are registered")
         bf16 = compute_dtype == torch.bfloat16
         if compute_dtype not in (None, torch.float32) and not bf16:
             raise NotNative(f"compute_dtype {str(compute_dtype).removeprefix('torch.')}: the engine has float32 and bfloat16")
-        if bf16 and not core.chain_bf16():
+        if bf16 and not self._has_bf16():
             raise NotNative(f"compute_dtype bfloat16 needs AVX512-BF16; this level is {core.isa()}")
         if not expression.leaves:
             raise NotNative("the composition has no leaf")
-        self.expression, self.bf16 = expression, bf16
+        self.expression, self.bf16, self.device = expression, bf16, torch.device(device)
         self.size = torch.Size(shape).numel()
         self.lock = threading.RLock()  # over a refresh and what relies on it
-        self._recognised, self._parameters, self._dead = Watch(), Watch(), False
+        self._recognised, self._parameters, self._dead = Watch(self.device), Watch(self.device), False
         for hooks in GLOBAL_HOOKS:
             self._recognised.hooks(hooks)
         slots, watch = expression.slots, self._recognised
         self.natives = [_describe(leaf, k, shape, bf16, slots, watch) for k, leaf in enumerate(expression.leaves)]
         starts = [0, *itertools.accumulate(n.units for n in self.natives)]
-        self._plan = core.ChainPlan(self.size, [c for code in expression.program.codes for c in self._expand(code, starts)])
+        self._plan = self._new_plan([c for code in expression.program.codes for c in self._expand(code, starts)])
         matrices: dict = {}
         for native in self.natives:
             native.add(self._plan, matrices)
@@ -407,6 +412,15 @@ class Chain:
         self._mixtures = any(n.mixture for n in self.natives)
         self._sigma: object = object()
         self._load()
+        self._check_scratch()
+
+    def _has_bf16(self) -> bool:
+        return core.chain_bf16()
+
+    def _new_plan(self, codes: list[tuple[int, int]]):
+        return core.ChainPlan(self.size, codes)
+
+    def _check_scratch(self) -> None:
         if self._plan.scratch_bytes() > MOST_SCRATCH:
             needs = self._plan.scratch_bytes() >> 20
             raise NotNative(f"chains of {self.size} numbers would need {needs} MiB of scratch memory per thread")
@@ -419,14 +433,14 @@ class Chain:
         return [*units, (Program.LOGSUMEXP, len(units))] if self.natives[k].mixture else units
 
     def _load(self) -> None:
-        watch = Watch()
+        watch = Watch(self.device)
         for native in self.natives:
             native.load(self._plan, watch)
         self._parameters = watch
 
     def refresh(self) -> bool:
         """Read parameters as they are now. False if a module is no longer what was recognised."""
-        if self._dead or not self._recognised.unchanged() or (self.bf16 and not core.chain_bf16()):
+        if self._dead or not self._recognised.unchanged() or (self.bf16 and not self._has_bf16()):
             return False
         if not self._parameters.unchanged():
             try:
@@ -434,46 +448,54 @@ class Chain:
             except NotNative:
                 self._dead = True  # some addresses are taken anew, some are not
                 return False
-        self._plan.refresh()
+        self._read()
         return True
+
+    def _read(self) -> None:
+        self._plan.refresh()
 
     def bind(self, rows: Mapping[str, Tensor]) -> BoundChain:
         """The chain engine under conditions `{slot: [B, C]}`."""
         for slot, width in self.widths.items():
             if rows[slot].shape[1] != width:
                 raise ValueError(f"`conditions[{slot!r}]` must have {width} columns, got {rows[slot].shape[1]}")
-        return BoundChain(self, [rows[s].to(torch.float32).contiguous() for s in self.expression.slots])
+        return BoundChain(self, [rows[s].to(self.device, torch.float32).contiguous() for s in self.expression.slots])
 
     def _set_values(self, sigma: float | None) -> None:
         """Program values at a noise level; those of mixtures are read anew."""
         if sigma == self._sigma and not self._mixtures:
             return
-        self._plan.set_values(list(self._values(sigma)))
+        parts = (part.tolist() if isinstance(part, Tensor) else part for part in self._values(sigma))
+        self._plan.set_values([*itertools.chain.from_iterable(parts)])
         self._sigma = sigma
 
-    def _values(self, sigma: float | None) -> Iterator[float]:
+    def _values(self, sigma: float | None) -> Iterator[list[float] | Tensor]:
+        """Program values in order, those of mixtures as they stand in the module."""
         program, used = self.expression.program, 0
         for code, operand in program.codes:
             if code == Program.LEAF:
                 native = self.natives[operand]
                 if native.mixture:
-                    yield 1.0
-                    yield from native.log_weights.tolist()
+                    yield [1.0]
+                    yield native.log_weights
                 continue
             count = operand + (code == Program.LOGSUMEXP)
-            yield from (weight_at(v, sigma) for v in program.values[used:used + count])
+            yield [weight_at(v, sigma) for v in program.values[used:used + count]]
             used += count
 
     def energies(self, x: Tensor, conditions: Sequence[Tensor]) -> list[Tensor]:
         """E_k(x), K tensors `[B]` in leaf order; `refresh` comes first."""
         out = x.new_empty(sum(n.units for n in self.natives), len(x))
-        self._plan.energies(x.data_ptr(), len(x), [c.data_ptr() for c in conditions], out.data_ptr(), torch.get_num_threads())
+        self._unit_energies(x, conditions, out)
         columns, start = [], 0
         for native in self.natives:
             part = out[start:start + native.units]
             start += native.units
             columns.append(-torch.logsumexp(native.log_weights[:, None] - part, 0) if native.mixture else part[0])
         return columns
+
+    def _unit_energies(self, x: Tensor, conditions: Sequence[Tensor], out: Tensor) -> None:
+        self._plan.energies(x.data_ptr(), len(x), [c.data_ptr() for c in conditions], out.data_ptr(), torch.get_num_threads())
 
     def steps_within(self, seconds: float, chains: int) -> int:
         """About how many steps of `chains` chains take that long; a guess that the caller corrects by the clock."""

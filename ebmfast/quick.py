@@ -36,7 +36,7 @@ class QuickCall:
     @staticmethod
     def fits(run, chain: Chain | None) -> bool:
         """Whether calls of `run` can be quick ones."""
-        return chain is not None and run.sampler.fixed_schedule and run.sampler.noise_levels() is None
+        return type(chain) is Chain and run.sampler.fixed_schedule and run.sampler.noise_levels() is None
 
     def __call__(self, n: int | None, seed, conditions: Mapping | None, x: Tensor, first_chain: int) -> Result | None:
         """The result, or None where the general path has to look at the arguments."""

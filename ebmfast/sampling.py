@@ -14,6 +14,7 @@ from .branches import Branches, DrawBranches
 from .capture import GRAPHS, Captures
 from .chain import Chain, NotNative
 from .composition import Expression
+from .cuda_chain import CHAINS
 from .devices import ManyDevices
 from .driver import Call, Chains, Interrupt, by_step
 from .plan import Plan, check_conditions
@@ -72,8 +73,8 @@ def sample(expr: Expression, n: int | None = None, shape=None, sampler: Sampler 
             recorded runs as it is, and `report.uncaptured` and `run.explain()` say why. False never records. What a model
             computes on the host, from numbers that are not its parameters, is recorded as it was.
         backend: "auto", "reference" or "cpu" (see `ebmfast doctor`).
-        engine: "chain" runs whole chains in C++, "step" one batched forward-backward and one kernel per step; "auto" takes
-            the chain engine where every leaf is a native energy (`ebmfast.energies`) on the cpu backend.
+        engine: "chain" runs whole chains in C++ or CUDA, "step" one batched forward-backward and one kernel per step; "auto" takes
+            the chain engine where every leaf is a native energy (`ebmfast.energies`), on the backends cpu and cuda.
         trace: an int k keeps the energy per chain every k steps; `Trace(every=k, states=True)` also x;
             `Trace(every=k, diagnostics=True)` split R̂ and effective sample sizes.
         callback: called with a `StepInfo` after every step of every micro-batch.
@@ -168,7 +169,7 @@ class Run:
         self.captures = Captures(capture)
         self.fitting: dict = {}  # micro-batches that fit the memory: by shape, dtype and device
         self.halved: dict = {}  # micro-batches after memory was out: by shape and device
-        self._chains: dict[tuple[int, ...], Chain | NotNative] = {}
+        self._chains: dict[tuple[tuple[int, ...], torch.device], Chain | NotNative] = {}
         self._quick: dict[int, QuickCall] = {}
         self._lock = threading.RLock()  # over the two
 
@@ -239,7 +240,7 @@ class Run:
         """The plan, the sampler, and the backend and engine that would run on this machine."""
         backend = backends.resolve(self.backend_name, _device(self.device, self.plan))
         lines = [self.plan.explain(self.shape), f"sampler      {self.sampler!r}", f"backend      {backend.name}"]
-        if self.engine_name == "step" or backend.name != "cpu":
+        if self.engine_name == "step" or backend.name not in CHAINS:
             why = "as asked" if self.engine_name == "step" else f"the one of backend {backend.name}"
         elif self.sampler.native_options() is None:
             why = f"the one that {type(self.sampler).__name__} runs in"
@@ -327,13 +328,13 @@ class Run:
         found: Chain | NotNative
         if self.sampler.native_options() is None:
             found = NotNative(f"{self.sampler!r} takes its steps in the step engine")
-        elif backend.name != "cpu":
-            found = NotNative(f"it belongs to backend 'cpu', this run is on {backend.name!r}")
+        elif backend.name not in CHAINS:
+            found = NotNative(f"it belongs to the backends {' and '.join(CHAINS)}, this run is on {backend.name!r}")
         else:
             with self._lock:
-                found = self._chains.get(call.shape)
+                found = self._chains.get((call.shape, call.device))
                 if not isinstance(found, Chain) or not self._fresh(found, held):
-                    found = self._recognise(call.shape, held)
+                    found = self._recognise(CHAINS[backend.name], call, held)
         if isinstance(found, NotNative):
             if self.engine_name == "chain":
                 raise ValueError(f"`engine` is \"chain\", which cannot run this composition: {found}")
@@ -350,15 +351,15 @@ class Run:
         held.callback(chain.lock.release)
         return True
 
-    def _recognise(self, shape: tuple[int, ...], held: ExitStack) -> Chain | NotNative:
+    def _recognise(self, kind: type[Chain], call: Call, held: ExitStack) -> Chain | NotNative:
         try:
-            found: Chain | NotNative = Chain(
-                self.plan.expression, shape, self.plan.compute_dtype, **self.sampler.native_options())
+            found: Chain | NotNative = kind(
+                self.plan.expression, call.shape, self.plan.compute_dtype, device=call.device, **self.sampler.native_options())
             if not self._fresh(found, held):
                 raise NotNative("a module changed while it was being recognised")
         except NotNative as reason:
             found = reason
-        self._chains[shape] = found
+        self._chains[call.shape, call.device] = found
         return found
 
     def _initial(self, call: Call, backend, init):

@@ -222,7 +222,7 @@ class ChainKernel(Kernel):
         began, steps = perf_counter(), until - state.step
         self._run(state.x, state.faults, state.step, until, slice(None))
         seconds = perf_counter() - began
-        if seconds > 2 * self.PATIENCE or (steps == self.stride and seconds < self.PATIENCE / 2):
+        if self.chain.paced and (seconds > 2 * self.PATIENCE or (steps == self.stride and seconds < self.PATIENCE / 2)):
             self.stride = max(1, int(steps * self.PATIENCE / max(seconds, 1e-6)))
         return state._replace(step=until)
 
