@@ -150,7 +150,8 @@ def prepare(expr: Expression, sampler: Sampler | None = None, *, shape=None, ste
     if engine not in ENGINES:
         raise ValueError(f"`engine` must be one of {', '.join(ENGINES)}, got {engine!r}")
     if backend != "auto":
-        backends.resolve(backend, "cpu" if device is None else device)
+        home = backends.home(backend) if backend in backends.NAMES else "cpu"
+        backends.resolve(backend, home if device is None else device)
     return Run(plan, sampler, None if shape is None else _shape(shape), steps, batch_size, device, backend, engine,
                energies and plan.has_energies, on_nonfinite, memory_limit, branches, check, capture)
 
@@ -424,7 +425,13 @@ def _device(device, plan: Plan) -> torch.device:
     device = torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"`device` is {device}, and torch sees no such device here")
-    return device
+    return _indexed(device)
+
+
+def _indexed(device) -> torch.device:
+    """"cuda" as the current one of them, as tensors name theirs."""
+    device = torch.device(device)
+    return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" and device.index is None else device
 
 
 def _agree(name: str, given: int | None, found: int, source: str) -> int:
@@ -442,8 +449,8 @@ def _check_x(x, shape, device, name: str = "x", n: int | None = None) -> torch.T
     if x.ndim < 1 or (shape is not None and tuple(x.shape[1:]) != tuple(shape)) or (n is not None and len(x) != n):
         want = "[n, *S]" if shape is None else f"[{'n' if n is None else n}, {', '.join(map(str, shape))}]"
         raise ValueError(f"`{name}` must be {want}, got {list(x.shape)}")
-    if device is not None and x.device != torch.device(device):
-        raise ValueError(f"`{name}` must be on {torch.device(device)}, got {x.device}")
+    if device is not None and x.device != _indexed(device):
+        raise ValueError(f"`{name}` must be on {_indexed(device)}, got {x.device}")
     bad = ~torch.isfinite(x.detach()).reshape(len(x), x[0].numel() if len(x) else 0).all(1)
     if bad.any():
         raise ValueError(f"`{name}` must be finite, got NaN or infinity in rows {torch.nonzero(bad).flatten().tolist()[:8]}")

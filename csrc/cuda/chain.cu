@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include <mutex>
+
 #include "chain_block.h"
 #include "chain_registers.h"
 #include "plan.h"
@@ -62,6 +64,8 @@ std::string text(const char* kernel, cudaError_t error) {
 
 template <class Kernel>
 std::string start(const char* name, Kernel kernel, const Arguments& a, const Launch& l, int threads, bool energies, void* stream) {
+    static std::mutex one_at_a_time;  // the limit belongs to the kernel, not to a launch: other threads must not lower it in between
+    const std::lock_guard<std::mutex> guard(one_at_a_time);
     if (l.shared_bytes > 48 * 1024) {
         const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, l.shared_bytes);
         if (error != cudaSuccess) return text(name, (cudaGetLastError(), error));

@@ -213,7 +213,7 @@ class ChainKernel(Kernel):
              carried: Mapping | None = None) -> LangevinState:
         """The state of chains `x` `[B, *S]` before step `step`."""
         if faults is None:
-            faults = torch.zeros(x.shape[0], dtype=torch.int64)
+            faults = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
         self.stride = max(1, self.chain.steps_within(self.PATIENCE, x.shape[0]))
         return LangevinState(x, self.start if step is None else step, faults)
 
