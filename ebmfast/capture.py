@@ -43,6 +43,7 @@ class CudaGraphs:
         self.device = device
         self._pool = self._side = None
         self._branches: list = []
+        self._forked = 0  # of them, how many the step at hand uses
 
     def record(self, function: Callable[[], None], warm_up: Callable[[], None]) -> Callable[[], None]:
         """What `function` launches, as a replay; `warm_up` runs the same kernels before, a few times."""
@@ -51,16 +52,19 @@ class CudaGraphs:
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             here = torch.cuda.current_stream()
             self._side.wait_stream(here)
-            with torch.cuda.stream(self._side):
-                for _ in range(WARM_UP):
-                    warm_up()
-            here.wait_stream(self._side)
+            try:
+                with torch.cuda.stream(self._side):
+                    for _ in range(WARM_UP):
+                        warm_up()
+            finally:
+                here.wait_stream(self._side)
             graph = torch.cuda.CUDAGraph()
             try:
                 # thread_local: what threads of other devices do meanwhile does not spoil the capture.
                 with torch.cuda.graph(graph, pool=self._pool, stream=self._side, capture_error_mode="thread_local"):
                     function()
             except BaseException:
+                torch.cuda.set_stream(here)  # a capture that cannot be ended leaves its own stream in place
                 self._recover()
                 raise
             return graph.replay
@@ -81,19 +85,26 @@ class CudaGraphs:
         here, others = torch.cuda.current_stream(self.device), functions[1:]
         while len(self._branches) < len(others):
             self._branches.append(torch.cuda.Stream(self.device))
-        results = []
-        for stream, function in zip(self._branches, others):
-            stream.wait_stream(here)
-            with torch.cuda.stream(stream):
-                results.append(function())
-        results.insert(0, functions[0]())
-        self.join(len(others))
+        results, self._forked = [], 0
+        try:
+            for stream, function in zip(self._branches, others):
+                stream.wait_stream(here)
+                self._forked += 1
+                with torch.cuda.stream(stream):
+                    results.append(function())
+            results.insert(0, functions[0]())
+        finally:
+            self._wait()
         return results
 
-    def join(self, count: int) -> None:
-        """Wait, on this stream, for the streams that forks ran on; a backward pass goes back to them."""
+    def join(self) -> None:
+        """Wait, on this stream, for the streams that this step forked to; a backward pass goes back to them."""
+        self._wait()
+        self._forked = 0  # other streams are not in the next step's capture
+
+    def _wait(self) -> None:
         here = torch.cuda.current_stream(self.device)
-        for stream in self._branches[:count]:
+        for stream in self._branches[:self._forked]:
             here.wait_stream(stream)
 
     def send(self, target: Tensor, values: Tensor) -> None:
@@ -103,7 +114,7 @@ class CudaGraphs:
     def look(self, flags: Tensor) -> Callable[[], bool]:
         """Whether any flag is set now, to be asked later: that waits for what was launched before this call, not after it."""
         with torch.cuda.device(self.device):
-            seen = torch.empty((), dtype=torch.bool, pin_memory=True)
+            seen = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True)
             seen.copy_(flags.any(), non_blocking=True)
             event = torch.cuda.Event(blocking=True)
             event.record()
@@ -246,6 +257,9 @@ class Captures:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
+            first = _first(error)
+            if isinstance(first, torch.OutOfMemoryError):
+                raise first from None
             raise NotCapturable(f"CUDA would not capture it: {_cause(error)}") from error
         self.recorded += 1
 
@@ -264,10 +278,16 @@ def _compiled(source) -> bool:
     return hasattr(source.model, "_orig_mod") or hasattr(source.model, "_torchdynamo_orig_callable")
 
 
-def _cause(error: BaseException) -> str:
-    """The first line of what went wrong first: errors of a capture come with one of its end."""
+def _first(error: BaseException) -> BaseException:
+    """What went wrong first: errors of a capture come with one of its end."""
     while (earlier := error.__cause__ or error.__context__) is not None:
         error = earlier
+    return error
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of what went wrong first."""
+    error = _first(error)
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
 

@@ -175,13 +175,17 @@ class Evaluator:
                      for p in self.passes)
 
     def assign(self, other: Evaluator) -> None:
-        """Take the conditions of an evaluator of the same `structure`, in place."""
+        """Take the conditions of an evaluator of the same `structure`, in place: also those that layouts to come are cut from."""
+        pairs = list(zip(self.passes, other.passes))
+        for p, q in zip(self.passes, other.passes):
+            pairs += zip(getattr(p, "members", ()), getattr(q, "members", ()))
         for live in self._layouts:
             mine, theirs = self._layout(live), other._layout(live)
-            for p, q in zip((*mine.passes, *mine.given), (*theirs.passes, *theirs.given)):
-                for name in ("condition", "keep"):
-                    if getattr(p, name) is not None and getattr(p, name) is not getattr(q, name):
-                        getattr(p, name).copy_(getattr(q, name))
+            pairs += zip((*mine.passes, *mine.given), (*theirs.passes, *theirs.given))
+        for p, q in pairs:
+            for name in ("condition", "keep"):
+                if getattr(p, name) is not None and getattr(p, name) is not getattr(q, name):
+                    getattr(p, name).copy_(getattr(q, name))
 
     def energies(self, x: Tensor, sigma: float | None = None) -> list[Tensor]:
         """E_k(x), K tensors `[B]` in leaf order; differentiable with respect to `x`."""
@@ -260,8 +264,8 @@ class Evaluator:
             if sigma not in layout.cotangents:
                 constant = program.constant_weights(sigma)
                 weights = [[sum(constant[k] for k in ks) for ks in p.blocks] for p in passes]
-                layout.cotangents[sigma] = [
-                    torch.tensor(w, dtype=self._dtype).repeat_interleave(self.batch).to(self.device) for w in weights]
+                # Filled on the device: a recording must not copy from the host.
+                layout.cotangents[sigma] = [torch.cat([self._constant(v) for v in w]) for w in weights]
             return layout.cotangents[sigma]
         weights = program.weights([e.detach() for e in energies], sigma)
         weights = [w.to(self._dtype) if isinstance(w, Tensor) else self._constant(w) for w in weights]

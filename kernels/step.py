@@ -29,9 +29,9 @@ _SCALE_CHAINS = 128
 CLOCK = 4  # int64: the step, the step that schedules start at, the seed, the first chain
 
 
-def clock(step: int, start: int, seed: int, first_chain: int, **where) -> torch.Tensor:
+def clock(step: int, start: int, seed: int, first_chain: int, device="cpu") -> torch.Tensor:
     """What a captured step reads from device memory: int64 ``[4]``."""
-    return torch.tensor([step, start, signed(seed), first_chain], dtype=torch.int64, **where)
+    return torch.tensor([step, start, signed(seed), first_chain], dtype=torch.int64, device=device)
 
 
 @triton.jit

@@ -68,7 +68,7 @@ class Tapes:
         self.forks += 1
         return [f() for f in functions]
 
-    def join(self, count):
+    def join(self):
         pass
 
     def send(self, target, values):

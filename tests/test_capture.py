@@ -422,3 +422,21 @@ def test_energies_of_the_last_step_and_runaway_chains(graphs):
     for on in (True, False):
         with pytest.raises(ef.RunawayError):
             prepare(pit, ef.Langevin(step_size=0.01), steps=80, capture=on, allow_improper=True)(5, seed=1)
+
+
+def test_conditions_of_a_later_call_reach_layouts_that_an_interrupted_one_did_not_build(graphs):
+    f, g = ef.Family(NoisedGaussian(), "f", condition_dim=2), ef.Family(NoisedGaussian(0.3), "g", condition_dim=2)
+    e = ef.all_of([f[ef.Slot("a")], g[ef.Slot("b")], f(0.1, 0.1)], weights=[ef.PiecewiseSigma((0.5,), (1.0, 0.0)), 1.0, 1.0])
+    sampler = ef.Annealed([1.0, 0.2], steps_per_level=20, denoise=False)
+    rows = [{k: torch.randn(4, 2) for k in "ab"} for _ in range(2)]
+
+    def stop(info):
+        if info.step == 5:
+            raise KeyError
+
+    runs = [prepare(e, sampler, shape=(2,), capture=capture) for capture in (True, False)]
+    for run in runs:
+        with pytest.raises(KeyError):
+            run(4, seed=0, conditions=rows[0], callback=stop)
+    got, want = (run(4, seed=0, conditions=rows[1]) for run in runs)
+    assert got.report.captured and same_bits(got.x, want.x)

@@ -70,7 +70,8 @@ class Recording:
             for buffer, values in zip((self.drift, self.noise), coefficients.float32):
                 self.graphs.send(buffer, _filled(values, len(buffer)))
             if coefficients.sigma and coefficients.sigma[0] is not None:
-                self.graphs.send(self.sigma, _filled(torch.tensor(coefficients.sigma, dtype=torch.float32), len(self.sigma)))
+                sigma = torch.tensor(coefficients.sigma, dtype=torch.float32, device="cpu")
+                self.graphs.send(self.sigma, _filled(sigma, len(self.sigma)))
             self._sent = coefficients
 
     def missing(self, kernel: LangevinKernel, steps: range) -> dict:
@@ -154,7 +155,7 @@ class Recording:
                     with watch:
                         gradients, energies = self.evaluator.gradients(self.x, sigma)
         if fork:
-            self.graphs.join(len(self.evaluator.passes))
+            self.graphs.join()
         self._move(gradients, self._ones, self.drift, noise, self.clock)
         self.clock.add_(self._tick)
         return energies
@@ -218,7 +219,7 @@ class CapturedKernel(StepByStep):
 
 def _filled(values: Tensor, length: int) -> Tensor:
     """Values, the last repeated, as float32 `[length]`."""
-    out = torch.zeros(length, dtype=torch.float32)
+    out = torch.zeros(length, dtype=torch.float32, device="cpu")
     out[:len(values)] = values
     if len(values):
         out[len(values):] = values[-1]
