@@ -6,7 +6,13 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["check", "check_gradients", "check_noise_id", "check_state", "check_tensor", "check_weights"]
+__all__ = ["check", "check_gradients", "check_noise_id", "check_state", "check_tensor", "check_weights", "indexed"]
+
+
+def indexed(device: torch.device | str) -> torch.device:
+    """"cuda" as the current one of them, as tensors name theirs; any other device as it is."""
+    device = torch.device(device)
+    return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" and device.index is None else device
 
 
 def check(

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from . import rng
+from ._checks import indexed
 from ._native import core
 from .chain import Chain, NotNative
 
@@ -44,9 +45,7 @@ class DeviceChain(Chain):
     paced = False  # launches return at once
 
     def __init__(self, expression, shape: Sequence[int], compute_dtype: torch.dtype | None = None, *, device, **options):
-        device = torch.device(device)
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
+        device = indexed(device)
         self._values_at: dict[float | None, Tensor] = {}
         self._image, self._last_stream = b"", None
         super().__init__(expression, shape, compute_dtype, device=device, **options)

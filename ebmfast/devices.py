@@ -16,6 +16,7 @@ from contextlib import ExitStack, nullcontext
 import torch
 from torch import Tensor, nn
 
+from ._checks import indexed
 from .composition import Concept, Expression, LogSumExp, Sum, WithPrior
 from .diagnostics import Stream, summarise
 from .driver import Call, Interrupt, by_step
@@ -256,8 +257,7 @@ def _device(device) -> torch.device:
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(f"`device` is {device}, and torch sees no such device here")
-        if device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
+        device = indexed(device)
         if device.index >= torch.cuda.device_count():
             raise ValueError(f"`device` is {device}, and torch sees {torch.cuda.device_count()} CUDA device(s) here")
     return device

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 import torch
 
 from . import backends, memory, rng
+from ._checks import indexed
 from .branches import Branches, DrawBranches
 from .capture import GRAPHS, Captures
 from .chain import Chain, NotNative
@@ -425,13 +426,7 @@ def _device(device, plan: Plan) -> torch.device:
     device = torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"`device` is {device}, and torch sees no such device here")
-    return _indexed(device)
-
-
-def _indexed(device) -> torch.device:
-    """"cuda" as the current one of them, as tensors name theirs."""
-    device = torch.device(device)
-    return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" and device.index is None else device
+    return indexed(device)
 
 
 def _agree(name: str, given: int | None, found: int, source: str) -> int:
@@ -449,8 +444,8 @@ def _check_x(x, shape, device, name: str = "x", n: int | None = None) -> torch.T
     if x.ndim < 1 or (shape is not None and tuple(x.shape[1:]) != tuple(shape)) or (n is not None and len(x) != n):
         want = "[n, *S]" if shape is None else f"[{'n' if n is None else n}, {', '.join(map(str, shape))}]"
         raise ValueError(f"`{name}` must be {want}, got {list(x.shape)}")
-    if device is not None and x.device != _indexed(device):
-        raise ValueError(f"`{name}` must be on {_indexed(device)}, got {x.device}")
+    if device is not None and x.device != indexed(device):
+        raise ValueError(f"`{name}` must be on {indexed(device)}, got {x.device}")
     bad = ~torch.isfinite(x.detach()).reshape(len(x), x[0].numel() if len(x) else 0).all(1)
     if bad.any():
         raise ValueError(f"`{name}` must be finite, got NaN or infinity in rows {torch.nonzero(bad).flatten().tolist()[:8]}")
