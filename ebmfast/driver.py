@@ -18,7 +18,6 @@ from .chain import Chain
 from .coupling import check_rows
 from .diagnostics import Diagnostics, Stream, summarise
 from .guard import RAN_AWAY, Guard
-from .samplers.langevin import StepByStep
 from .state import Fault, NonFiniteError, RunawayError, SampleState, TraceResult
 
 CHECK_EVERY = 16  # steps between two looks at the fault flags; a faulty chain stops at once in the kernel
@@ -208,15 +207,16 @@ class Chains:
         kernel = self.run_.captures.wrap(
             kernel, self.backend, call.device, watched=self.callback is not None, at_once=at_once)
         state = kernel.init(x, first, faults, {name: values[rows] for name, values in self.carried.items()})
-        watched = isinstance(kernel, StepByStep) and call.target - first > CHECK_EVERY
-        guard = Guard(evaluator.total, self.coefficients, self.run_.plan.data_range, x, first) if watched else None
+        watched = kernel.knows_energy and call.target - first > CHECK_EVERY
+        guard = Guard(self.coefficients, self.run_.plan.data_range, x, first) if watched else None
         looked = first
         while state.step < call.target and not stop.requested:
             before = state.step
-            state = kernel.advance(state, self._until(before, kernel.stride))
+            state = kernel.advance(state, self._until(before, kernel.stride, guard))
             if state.step - looked >= (1 if at_once else CHECK_EVERY):
-                if guard is not None and state.step >= guard.due and kernel.info is not None:
-                    guard.look(state, kernel.info.leaf_energies, self._sigma_of(state.step - 1))
+                if guard is not None and state.step >= guard.due:
+                    sigma = self._sigma_of(state.step - 1)
+                    guard.look(state, kernel.energy(evaluator, sigma), sigma)
                 if kernel.suspect(state):
                     self._handle_faults(rows, kernel, state, guard)
                 looked = state.step
@@ -233,9 +233,11 @@ class Chains:
             self._accepted = torch.zeros(call.n, device=call.device) if self._accepted is None else self._accepted
             self._accepted[rows] = accepted
 
-    def _until(self, step: int, stride: int) -> int:
+    def _until(self, step: int, stride: int, guard: Guard | None) -> int:
         """Where the next call of a kernel ends: after `stride` steps, or where something has to be looked at."""
         until = min(self.call.target, step + stride)
+        if guard is not None:
+            until = min(until, max(guard.due, step + 1))
         if self.callback is not None:
             return step + 1
         if self.trace is not None:
