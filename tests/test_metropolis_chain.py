@@ -78,7 +78,10 @@ def test_shapes_and_sizes(make):
     agree(ef.Concept(E.DoubleWell()), make(0.4), shape=(2, 3), n=40)
 
 
-@pytest.mark.parametrize("mask", [torch.tensor([True, False, False]), torch.arange(210).reshape(70, 3) % 4 == 0], ids=["all", "each"])
+MASKS = {"one": torch.tensor([True, False, False]), "own": torch.arange(210).reshape(70, 3) % 4 == 0}
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("name", ["mala_clip_norm", "mala_bounds", "hmc_mass", "hmc_bounds"])
 def test_frozen_elements(name, mask):
     sampler, x = SAMPLERS[name], torch.linspace(-0.9, 1.1, 210).reshape(70, 3)
@@ -109,7 +112,7 @@ def test_bits_do_not_depend_on_batch_threads_or_where_calls_are_cut(name, thread
 
 @pytest.mark.parametrize("sampler", [ef.MALA(0.4), ef.HMC(0.3, 3)], ids=["mala", "hmc"])
 def test_a_warm_up(sampler):
-    """One adaptation is that of the step engine; rounding grows from there, for a step size answers each decision. Then: the law."""
+    """One adaptation is that of the step engine; rounding grows from there, as step sizes answer decisions. Then: the law."""
     warm = dataclasses.replace(sampler, warmup=ef.DualAveraging(1))
     ours, theirs = pair(mixed(), warm, steps=1)
     torch.testing.assert_close(ours.step_size, theirs.step_size, rtol=1e-4, atol=0)
