@@ -15,6 +15,7 @@ import functools
 import inspect
 import threading
 import types
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 
@@ -36,29 +37,35 @@ _capturing = threading.Lock()  # torch's allocator takes one capture of a proces
 class CudaGraphs:
     """The graph primitive of torch on one device, and what goes with it: forks, flags that are looked at later.
 
-    All graphs share a memory pool. Nothing in it has to survive a replay, and replays follow each other on one stream.
+    All graphs share a memory pool. Nothing in it has to survive a replay, and replays follow each other on one stream. Work before
+    a capture runs on streams of its own: what libraries keep by stream (cuBLAS its workspace) is then made inside the pool, and a graph
+    that goes, which lets go of it, takes no memory from the others.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
-        self._pool = self._side = None
-        self._branches: list = []
+        self._pool = self._side = self._warm = None
+        self._graphs: weakref.WeakSet = weakref.WeakSet()  # that are in the pool
+        self._branches: dict = {}  # by the stream that forks to them
         self._forked = 0  # of them, how many the step at hand uses
 
     def record(self, function: Callable[[], None], warm_up: Callable[[], None]) -> Callable[[], None]:
         """What `function` launches, as a replay; `warm_up` runs the same kernels before, a few times."""
         with _capturing, torch.cuda.device(self.device):
-            self._side = self._side or torch.cuda.Stream()
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            if not self._graphs:  # torch takes no pool again that all graphs have left
+                self._pool, self._side, self._warm = torch.cuda.graph_pool_handle(), torch.cuda.Stream(), torch.cuda.Stream()
+                self._branches.clear()
             here = torch.cuda.current_stream()
-            self._side.wait_stream(here)
+            self._warm.wait_stream(here)
             try:
-                with torch.cuda.stream(self._side):
+                with torch.cuda.stream(self._warm):
                     for _ in range(WARM_UP):
                         warm_up()
             finally:
-                here.wait_stream(self._side)
+                here.wait_stream(self._warm)
+            self._grow(self._side, len(self._branches.get(self._warm, ())))
             graph = torch.cuda.CUDAGraph()
+            self._drop_workspaces()
             try:
                 # thread_local: what threads of other devices do meanwhile does not spoil the capture.
                 with torch.cuda.graph(graph, pool=self._pool, stream=self._side, capture_error_mode="thread_local"):
@@ -67,14 +74,23 @@ class CudaGraphs:
                 torch.cuda.set_stream(here)  # a capture that cannot be ended leaves its own stream in place
                 self._recover()
                 raise
+            finally:
+                self._drop_workspaces()
+            self._graphs.add(graph)
             return graph.replay
+
+    @staticmethod
+    def _drop_workspaces() -> None:
+        """cuBLAS takes new ones at its next call, of the pool in use then: graphs of two pools must not share one."""
+        with contextlib.suppress(AttributeError):
+            torch._C._cuda_clearCublasWorkspaces()
 
     def _recover(self) -> None:
         """After a capture that CUDA gave up torch still believes in it: the allocator is told its end, and a capture that
         succeeds resets the generators."""
-        pool, self._pool, self._side, self._branches = self._pool, None, None, []
+        self._graphs = weakref.WeakSet()  # the next capture begins with another pool
         with contextlib.suppress(Exception):
-            torch._C._cuda_endAllocateToPool(self.device.index or 0, pool)
+            torch._C._cuda_endAllocateToPool(self.device.index or 0, self._pool)
         with contextlib.suppress(Exception):
             something = torch.zeros(1, device=self.device)
             with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
@@ -83,11 +99,9 @@ class CudaGraphs:
     def fork(self, functions: Sequence[Callable]) -> list:
         """Results of the functions, which run side by side: the first here, each of the others on a stream of its own."""
         here, others = torch.cuda.current_stream(self.device), functions[1:]
-        while len(self._branches) < len(others):
-            self._branches.append(torch.cuda.Stream(self.device))
         results, self._forked = [], 0
         try:
-            for stream, function in zip(self._branches, others):
+            for stream, function in zip(self._grow(here, len(others)), others):
                 stream.wait_stream(here)
                 self._forked += 1
                 with torch.cuda.stream(stream):
@@ -104,8 +118,14 @@ class CudaGraphs:
 
     def _wait(self) -> None:
         here = torch.cuda.current_stream(self.device)
-        for stream in self._branches[:self._forked]:
+        for stream in self._branches.get(here, [])[:self._forked]:
             here.wait_stream(stream)
+
+    def _grow(self, stream, count: int) -> list:
+        """The streams that `stream` forks to, at least `count`."""
+        branches = self._branches.setdefault(stream, [])
+        branches += [torch.cuda.Stream(self.device) for _ in range(count - len(branches))]
+        return branches
 
     def send(self, target: Tensor, values: Tensor) -> None:
         """Copy numbers of the host to the device without waiting for it."""
@@ -245,8 +265,7 @@ class Captures:
     def _record(self, recording: Recording, kernel, state, steps) -> None:
         models = [group.source for group in kernel.evaluator.plan.groups]
         if not any(map(_compiled, models)) and not kernel.evaluator.plan.compile:  # torch.compile gives up under a mode
-            before = self._models(kernel)
-            watch = Watch()
+            before, watch = self._models(kernel), Watch()
             recording.rehearse(kernel, state, watch)
             if watch.reason is None and self._models(kernel) != before:
                 watch.reason = "a model changes itself while it runs"
@@ -295,16 +314,14 @@ def _cause(error: BaseException) -> str:
 def _switches(device: str) -> tuple:
     """Settings of torch that decide which kernels run."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    places = [(matmul, n) for n in ("allow_tf32", "fp32_precision", "allow_bf16_reduced_precision_reduction",
-                                    "allow_fp16_reduced_precision_reduction")]
-    places += [(cudnn, n) for n in ("allow_tf32", "fp32_precision", "enabled", "benchmark", "deterministic")]
+    places = [(matmul, "allow_bf16_reduced_precision_reduction"), (matmul, "allow_fp16_reduced_precision_reduction")]
+    places += [(cudnn, "enabled"), (cudnn, "benchmark"), (cudnn, "deterministic")]
+    # Newer releases warn of the old names, and refuse them where the new ones were used.
+    for place in (matmul, cudnn, getattr(cudnn, "conv", None), getattr(cudnn, "rnn", None)):
+        places.append((place, "fp32_precision" if hasattr(place, "fp32_precision") else "allow_tf32"))
     found: list = [torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)]
     found.append(torch.are_deterministic_algorithms_enabled())
-    for place, name in places:
-        try:
-            found.append(getattr(place, name, None))
-        except RuntimeError as error:  # torch will not name a setting that was made in its old way and its new one
-            found.append(str(error))
+    found += [getattr(place, name, None) for place, name in places]
     return tuple(found)
 
 

@@ -20,10 +20,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from . import rng
+from . import backends, rng
 from ._checks import indexed
 from ._native import core
-from .chain import Chain, NotNative
+from .chain import Chain, NotNative, reason_against
 
 MOST_MEMORY = 1 << 30  # bytes of scratch where shared memory is not enough
 MOST_SLOTS = 16  # kMaxSlots of csrc/cuda/tables.h
@@ -37,6 +37,15 @@ def tf32_allowed() -> bool:
     matmul = torch.backends.cuda.matmul
     # Newer releases have the string, and refuse to tell the flag once it has been set.
     return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+
+
+def tf32_products(device: torch.device, engine: str = "step") -> tuple[str, ...]:
+    """Of "matmul" and "conv", those whose float32 factors torch may round to TF32 on that device."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        return ()
+    conv = getattr(torch.backends.cudnn, "conv", None)
+    allowed = conv.fp32_precision == "tf32" if hasattr(conv, "fp32_precision") else torch.backends.cudnn.allow_tf32
+    return ("matmul",) * tf32_allowed() + ("conv",) * (bool(allowed) and engine == "step")
 
 
 class DeviceChain(Chain):
@@ -144,3 +153,16 @@ class DeviceChain(Chain):
 
 
 CHAINS: dict[str, type[Chain]] = {"cpu": Chain, "cuda": DeviceChain}
+
+
+def chains_on(device: torch.device, expression, shape: Sequence[int] | None = None, compute_dtype: torch.dtype | None = None) -> str:
+    """Whether the chain engine runs a composition whose models are on that device, and if not, why."""
+    if device.type not in CHAINS:
+        return f"no: it runs on CPUs and NVIDIA GPUs, this is {device}"
+    reason = backends.available()[device.type]
+    if reason is None:
+        reason = reason_against(expression, shape, compute_dtype, kind=CHAINS[device.type], device=device)
+    if reason is not None:
+        return f"no: {reason}"
+    where = "the CPU" if device.type == "cpu" else f'{device} with backend="{device.type}"'
+    return f"yes, on {where}: every leaf is a native energy"

@@ -15,7 +15,7 @@ from .branches import Branches, DrawBranches
 from .capture import GRAPHS, Captures
 from .chain import Chain, NotNative
 from .composition import Expression
-from .cuda_chain import CHAINS
+from .cuda_chain import CHAINS, tf32_products
 from .devices import ManyDevices
 from .driver import Call, Chains, Interrupt, by_step
 from .plan import Plan, check_conditions
@@ -240,8 +240,9 @@ class Run:
 
     def explain(self) -> str:
         """The plan, the sampler, and the backend and engine that would run on this machine."""
-        backend = backends.resolve(self.backend_name, _device(self.device, self.plan))
-        lines = [self.plan.explain(self.shape), f"sampler      {self.sampler!r}", f"backend      {backend.name}"]
+        device = _device(self.device, self.plan)
+        backend = backends.resolve(self.backend_name, device)
+        lines = [self.plan.explain(self.shape, device), f"sampler      {self.sampler!r}", f"backend      {backend.name}"]
         if self.engine_name == "step" or backend.name not in CHAINS:
             why = "as asked" if self.engine_name == "step" else f"the one of backend {backend.name}"
         elif self.sampler.native_options() is None:
@@ -249,7 +250,7 @@ class Run:
         else:
             return "\n".join(lines)
         lines.append(f"engine       step, {why}")
-        if (device := _device(self.device, self.plan)).type in GRAPHS:
+        if device.type in GRAPHS:
             reason = self.captures.against(backend, device, self.sampler) or self.captures.reason
             lines.append(f"captured     {'yes, as a CUDA graph' if reason is None else f'no: {reason}'}")
         if self.branches is not None:
@@ -400,7 +401,8 @@ class Run:
             compute_dtype=str(self.plan.compute_dtype or dtype).removeprefix("torch."), seed=seed, first_chain=first_chain,
             chains=chains, steps=steps, micro_batch=batch, seconds=seconds, step_scale=repr(self.plan.expression.step_scale),
             effective_temperature=coefficients.temperature(), models=self.plan.ways(),
-            versions={"ebmfast": __version__, "torch": torch.__version__}, faults=sorted(faults, key=by_step))
+            versions={"ebmfast": __version__, "torch": torch.__version__}, faults=sorted(faults, key=by_step),
+            gpu=torch.cuda.get_device_name(device) if device.type == "cuda" else None, tf32=tf32_products(device, engine))
 
 
 def _check_int(name: str, value, least: int) -> int:
@@ -420,10 +422,7 @@ def _shape(shape) -> tuple[int, ...]:
 
 def _device(device, plan: Plan) -> torch.device:
     """The device asked for, else that of the first model with parameters, else the CPU."""
-    if device is None:
-        modules = [leaf.source.model for leaf in plan.leaves if isinstance(leaf.source.model, torch.nn.Module)]
-        device = next((p.device for m in modules for p in m.parameters()), "cpu")
-    device = torch.device(device)
+    device = plan.home if device is None else torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"`device` is {device}, and torch sees no such device here")
     return indexed(device)

@@ -331,6 +331,20 @@ def test_what_cannot_be_captured_runs_as_it_is(graphs, model, reason):
     assert reason in r.report.uncaptured and reason in run.explain() and run.captures.recorded == 0
 
 
+def test_numbers_that_are_made_once_and_kept_are_made_before_steps_are_watched(graphs, monkeypatch):
+    """On a GPU a program's constants are copied from the host at its first evaluation: no reason against later ones."""
+    plain = capture._against
+
+    def on_a_gpu(function, args, kwargs, out):
+        return "copied from the host" if str(function).startswith("aten.lift_fresh") else plain(function, args, kwargs, out)
+
+    monkeypatch.setattr(capture, "_against", on_a_gpu)
+    both(ef.any_of([A, B], log_weights=[0.25, -1.25], sharpness=3.0))
+    (r, _), _ = both(ef.Concept(lambda x: (x * x.new_tensor([1.0, 2.0, 3.0])).square().sum(1), name="anew"), expected=False,
+                     calls=[{"n": 5, "seed": 1}] * 2)
+    assert r.report.uncaptured == "copied from the host"
+
+
 def test_a_capture_that_fails_is_not_tried_again(graphs, monkeypatch):
     run, tried = prepare(A), []
     run.captures._graphs[torch.device("cpu")] = tape = capture.GRAPHS["cpu"](torch.device("cpu"))

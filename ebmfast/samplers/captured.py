@@ -79,9 +79,10 @@ class Recording:
         return {kind: sigma for kind, sigma in self._cut(kernel, steps) if kind not in self._replays}
 
     def rehearse(self, kernel: LangevinKernel, state: LangevinState, watch) -> None:
-        """One step, not recorded, of which the models' part is watched."""
+        """Two steps, not recorded; of the second the models' part is watched: the first makes what is made once and kept."""
         self._enter(kernel, state)
-        self._step(self._sigma(kernel, state.step), watch)
+        for watched in (None, watch):
+            self._step(self._sigma(kernel, state.step), watched)
 
     def record(self, kernel: LangevinKernel, state: LangevinState, kinds: dict) -> None:
         """Record what is missing; states are not changed."""
