@@ -37,9 +37,9 @@ _capturing = threading.Lock()  # torch's allocator takes one capture of a proces
 class CudaGraphs:
     """The graph primitive of torch on one device, and what goes with it: forks, flags that are looked at later.
 
-    All graphs share a memory pool. Nothing in it has to survive a replay, and replays follow each other on one stream. Work before
-    a capture runs on streams of its own: what libraries keep by stream (cuBLAS its workspace) is then made inside the pool, and a graph
-    that goes, which lets go of it, takes no memory from the others.
+    All graphs share a memory pool. Nothing in it has to survive a replay, and replays follow each other on one stream. Work
+    before a capture runs on streams of its own: what libraries keep by stream (cuBLAS its workspace) is then made inside the
+    pool, and a graph that goes, which lets go of it, takes no memory from the others.
     """
 
     def __init__(self, device: torch.device):

@@ -155,7 +155,7 @@ class DeviceChain(Chain):
 CHAINS: dict[str, type[Chain]] = {"cpu": Chain, "cuda": DeviceChain}
 
 
-def chains_on(device: torch.device, expression, shape: Sequence[int] | None = None, compute_dtype: torch.dtype | None = None) -> str:
+def chains_on(device: torch.device, expression, shape: Sequence[int] | None, compute_dtype: torch.dtype | None) -> str:
     """Whether the chain engine runs a composition whose models are on that device, and if not, why."""
     if device.type not in CHAINS:
         return f"no: it runs on CPUs and NVIDIA GPUs, this is {device}"

@@ -1,7 +1,7 @@
 """`capture.CudaGraphs` against a stand-in for torch.cuda: pools, streams and workspaces around a capture, forks, failures.
 
-What CUDA asks of them is in PyTorch's sources: a pool that all its graphs have left cannot be used again, and a graph that goes lets go
-of cuBLAS's workspace of its stream, which other graphs still write to unless it lies in their pool."""
+What they have to mind is in PyTorch's sources: a pool that all its graphs have left cannot be used again, and a graph that goes
+lets go of cuBLAS's workspace of its stream, which other graphs still write to: it has to lie in their pool."""
 
 from __future__ import annotations
 
