@@ -136,6 +136,7 @@ EBMFAST_HD uint32_t tf32(float value) {
 //   D [16][8]   d0 d1 d2 d3: (g, 2t) (g, 2t + 1) (g + 8, 2t) (g + 8, 2t + 1)
 //   A bf16 [16][16]   pairs of columns: (g, 2t) (g + 8, 2t) (g, 2t + 8) (g + 8, 2t + 8);   tf32 [16][8]   (g, t) (g + 8, t) (g, t + 4) (g + 8, t + 4)
 //   B bf16 [16][8]    pairs of rows: (2t, g) (2t + 8, g);   tf32 [8][8]   (t, g) (t + 4, g)
+// Volatile, for all 32 threads must come by: what only reads and writes registers could be moved to where some of them need the result.
 template <Product kind, class D> EBMFAST_HD void multiply(PerLane<D>& d, int column, PerLane<Words4>& a, PerLane<Words2>& b) {
 #if defined(__CUDA_ARCH__)
     float* s = d[0].d[column];
