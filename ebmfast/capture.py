@@ -1,6 +1,6 @@
 """Steps recorded once as CUDA graphs: what is recorded, when a recording still fits, and why a run is not captured.
 
-A recording reads and writes memory that stays where it is: `samplers.captured.Recording`. Parameters are not copied. The
+A recording reads and writes memory that stays where it is: `samplers.captured`. Parameters are not copied. The
 kernels of a recording read them where they are, so an optimizer step, which changes them in place, is seen by the next
 replay. A parameter that moved, or a module that is not what it was, makes another key, and steps are recorded anew.
 
@@ -25,7 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from .evaluator import Evaluator
-from .samplers.captured import CapturedKernel, NotCapturable, Recording
+from .samplers.annealed import DenoisingKernel
+from .samplers.captured import CapturedGradients, CapturedKernel, GradientRecording, NotCapturable, Recording
 from .samplers.langevin import LangevinKernel
 from .stacking import _HOOKS, _MODULE, _PLAIN
 
@@ -190,13 +191,13 @@ class Captures:
         self.reason: str | None = None  # why the last steps were not captured
         self.recorded = 0  # recordings made, ever
         self._graphs: dict[torch.device, object] = {}
-        self._kept: OrderedDict[tuple, Recording] = OrderedDict()
+        self._kept: OrderedDict[tuple, Recording | GradientRecording] = OrderedDict()
         self._refused: OrderedDict[tuple, str] = OrderedDict()
 
     def __reduce__(self):
         return Captures, (self.enabled,)  # a copy records anew
 
-    def against(self, backend, device: torch.device, sampler=None) -> str | None:
+    def against(self, backend, device: torch.device) -> str | None:
         """Why steps of that backend on that device are not captured; None if they are."""
         if not self.enabled:
             return "capture=False"
@@ -204,37 +205,41 @@ class Captures:
             return f"there are CUDA graphs on CUDA devices only, this is {device}"
         if not backend.captures:
             return f"backend {backend.name!r} takes step and schedules from the host; backend=\"triton\" reads them on the device"
-        inner = getattr(sampler, "inner", sampler)
-        if sampler is not None and not hasattr(inner, "noise_first"):
-            return f"steps of {type(inner).__name__} are not captured, those of Langevin are"
         return None
 
     def wrap(self, kernel, backend, device: torch.device, *, watched: bool, at_once: bool):
-        """The kernel, replaying its steps from a recording where that can be.
+        """The kernel, replaying its steps, or the gradients that it asks for, from a recording where that can be.
 
         `watched`: models may change between steps. `at_once`: faults are looked at after every step.
         """
         self.reason = self.against(backend, device)
-        if self.reason is None and not isinstance(kernel, LangevinKernel):
-            name = type(getattr(kernel, "sampler", kernel)).__name__
-            self.reason = f"steps of {name} are not captured, those of Langevin are"
-        if self.reason is None and not isinstance(kernel.evaluator, Evaluator):
+        parts = [kernel.inner, kernel.descent] if isinstance(kernel, DenoisingKernel) else [kernel]
+        evaluator = getattr(parts[0], "evaluator", None)
+        if self.reason is None and not isinstance(evaluator, Evaluator):
             self.reason = "every chain runs a branch of its own"
         if self.reason is not None:
             return kernel
-        return CapturedKernel(kernel, self, watched=watched, at_once=at_once)
+        if isinstance(kernel, LangevinKernel):
+            return CapturedKernel(kernel, self, watched=watched, at_once=at_once)
+        gradients = CapturedGradients(evaluator, self, watched=watched)
+        for part in parts:
+            part.evaluator = gradients
+        return kernel
 
-    def find(self, kernel: LangevinKernel, state, steps) -> Recording | None:
-        """A recording that fits, ready for these chains; None, and the `reason`, if there cannot be one."""
+    def find(self, kernel, state, steps) -> Recording | GradientRecording | None:
+        """A recording that fits, ready for these chains; None, and the `reason`, if there cannot be one.
+
+        `kernel`: one of Langevin steps, with their `state` and range; or `CapturedGradients`, with `At` and a noise level."""
         x, graphs = state.x, self._graphs.get(state.x.device)
         if graphs is None:
             graphs = self._graphs[x.device] = GRAPHS[x.device.type](x.device)
-        key = self._key(kernel, state)
+        kind = getattr(kernel, "recording", Recording)
+        key = self._key(kind, kernel, state)
         if (reason := self._refused.get(key)) is None:
             recording = self._kept.pop(key, None)
             try:
                 if recording is None:
-                    recording = Recording(graphs, kernel, state)
+                    recording = kind(graphs, kernel, state)
                 recording.take(kernel)
                 if steps := recording.missing(kernel, steps):
                     self._record(recording, kernel, state, steps)
@@ -262,7 +267,7 @@ class Captures:
         """Let go of all recordings and their memory."""
         self._kept.clear()
 
-    def _record(self, recording: Recording, kernel, state, steps) -> None:
+    def _record(self, recording, kernel, state, steps) -> None:
         models = [group.source for group in kernel.evaluator.plan.groups]
         if not any(map(_compiled, models)) and not kernel.evaluator.plan.compile:  # torch.compile gives up under a mode
             before, watch = self._models(kernel), Watch()
@@ -282,10 +287,9 @@ class Captures:
             raise NotCapturable(f"CUDA would not capture it: {_cause(error)}") from error
         self.recorded += 1
 
-    def _key(self, kernel, state) -> tuple:
-        frozen = kernel.fixed["frozen_mask"]
-        return (state.x.device, tuple(state.x.shape), None if frozen is None else frozen.ndim, Recording.capacity(kernel),
-                kernel.evaluator.structure, _switches(state.x.device.type), self._models(kernel))
+    def _key(self, kind, kernel, state) -> tuple:
+        return (state.x.device, tuple(state.x.shape), kind.facts(kernel), kernel.evaluator.structure,
+                _switches(state.x.device.type), self._models(kernel))
 
     @staticmethod
     def _models(kernel) -> tuple:

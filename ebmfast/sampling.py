@@ -20,7 +20,7 @@ from .devices import ManyDevices
 from .driver import Call, Chains, Interrupt, by_step
 from .plan import Plan, check_conditions
 from .quick import QuickCall
-from .samplers import SAMPLERS, Annealed, Sampler
+from .samplers import SAMPLERS, Annealed, Langevin, Sampler
 from .state import Interrupted, Report, Result, SampleState, Trace
 
 ON_NONFINITE = ("raise", "freeze", "restart")
@@ -70,9 +70,10 @@ def sample(expr: Expression, n: int | None = None, shape=None, sampler: Sampler 
             softmax(log w + log Z), equal Z unless `DrawBranches(log_z=...)` gives them, and runs only that, at a K-th of
             the cost. The proportions are exact, where chains from noise get them wrong. See `log_partition`.
         check: on the first call of a model, see that the rows of a batch do not see each other.
-        capture: on a CUDA device with backend="triton", steps are recorded once as a CUDA graph and replayed; what cannot be
-            recorded runs as it is, and `report.uncaptured` and `run.explain()` say why. False never records. What a model
-            computes on the host, from numbers that are not its parameters, is recorded as it was.
+        capture: on a CUDA device with backend="triton", Langevin steps are recorded once as a CUDA graph and replayed, of other
+            samplers the models and the composition; what cannot be recorded runs as it is, and `report.uncaptured` and
+            `run.explain()` say why. False never records. What a model computes on the host, from numbers that are not its
+            parameters, is recorded as it was.
         backend: "auto", "reference" or "cpu" (see `ebmfast doctor`).
         engine: "chain" runs whole chains in C++ or CUDA, "step" one batched forward-backward and one kernel per step; "auto" takes
             the chain engine where every leaf is a native energy (`ebmfast.energies`), on the backends cpu and cuda.
@@ -251,8 +252,10 @@ class Run:
             return "\n".join(lines)
         lines.append(f"engine       step, {why}")
         if device.type in GRAPHS:
-            reason = self.captures.against(backend, device, self.sampler) or self.captures.reason
-            lines.append(f"captured     {'yes, as a CUDA graph' if reason is None else f'no: {reason}'}")
+            reason = self.captures.against(backend, device) or self.captures.reason
+            whole = isinstance(getattr(self.sampler, "inner", self.sampler), Langevin)
+            yes = f"yes, {'steps' if whole else 'models and composition'} as a CUDA graph"
+            lines.append(f"captured     {yes if reason is None else f'no: {reason}'}")
         if self.branches is not None:
             shares = ", ".join(f"{p:.3g}" for p in self.branches.probabilities.tolist())
             lines.append(f"branches     drawn with probabilities {shares}; each chain runs its own")

@@ -193,7 +193,7 @@ class Report:
     step_scale: str
     effective_temperature: tuple[float, float]
     versions: Mapping[str, str]
-    captured: bool = False
+    captured: bool = False  # steps, or gradients of samplers other than Langevin, were replayed from a recording
     uncaptured: str | None = None  # why not
     gpu: str | None = None  # the name of its model
     tf32: tuple[str, ...] = ()  # "matmul" and "conv": whose float32 factors torch might round to TF32

@@ -99,6 +99,16 @@ def test_captured_equals_not_captured(sampler):
     both((a & ~b & quadratic) | (c & quadratic), sampler)
 
 
+@pytest.mark.parametrize("sampler", [
+    ef.MALA(0.05, warmup=ef.DualAveraging(10)), ef.HMC(0.1, n_leapfrog_steps=3), ef.BAOAB(0.1),
+    ef.Annealed([1.0, 0.5], 5, inner=ef.MALA)], ids=repr)
+def test_gradients_of_other_samplers_are_replayed(sampler):
+    a, b, c = (ef.Concept(m, name=f"n{i}", reduce="sum") for i, m in enumerate(nets()))
+    quadratic = ef.Concept(lambda x: x.square().sum(1), name="q")
+    got = both((a & b & quadratic) | (c & quadratic), sampler)
+    assert got.acceptance is None or got.acceptance.mean() > 0
+
+
 def test_seeds_shards_tails_and_conditions():
     f = ef.Family(Net().to(GPU), "f", condition_dim=3)
     e = f[ef.Slot("c")] & 0.5 * f([1.0, 0.0, 2.0])
