@@ -10,7 +10,9 @@ p(x) ∝ exp(-E(x)); `a & b` adds energies, `a | b` is -logsumexp(-E), `~b` subt
 
 from . import diagnostics, energies, ops, zoo
 from .branches import DrawBranches, log_partition, root_branches
+from .calibration import Calibration, calibrate
 from .composition import (
+    Calibrated,
     Concept,
     Expression,
     Family,
@@ -33,9 +35,9 @@ from .weights import AboveSigma, PiecewiseSigma
 __version__ = "0.1.0"
 
 __all__ = [
-    "BAOAB", "HMC", "MALA", "AboveSigma", "Annealed", "Concept", "CoupledError", "DrawBranches", "DualAveraging",
-    "Expression", "Family", "Fault", "Interrupted", "Langevin", "NonFiniteError", "PiecewiseSigma", "Report", "Result", "Run",
-    "RunawayError", "SampleState", "Slot", "StepInfo", "Trace", "TraceResult", "UngroundedNegationError", "all_of", "any_of",
-    "diagnostics", "energies", "from_json", "log_partition", "negate", "ops", "parse", "prepare", "root_branches", "sample",
-    "with_prior", "zoo",
+    "BAOAB", "HMC", "MALA", "AboveSigma", "Annealed", "Calibrated", "Calibration", "Concept", "CoupledError", "DrawBranches",
+    "DualAveraging", "Expression", "Family", "Fault", "Interrupted", "Langevin", "NonFiniteError", "PiecewiseSigma", "Report",
+    "Result", "Run", "RunawayError", "SampleState", "Slot", "StepInfo", "Trace", "TraceResult", "UngroundedNegationError",
+    "all_of", "any_of", "calibrate", "diagnostics", "energies", "from_json", "log_partition", "negate", "ops", "parse",
+    "prepare", "root_branches", "sample", "with_prior", "zoo",
 ]

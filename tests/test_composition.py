@@ -255,7 +255,7 @@ def test_truth_values_raise():
 @pytest.mark.parametrize(("use", "message"), [
     (lambda: A & 3, "unsupported operand"), (lambda: A * B, "cannot be multiplied"), (lambda: "x" * A, "number"),
     (lambda: True * A, "number"), (lambda: ef.all_of([A, "b"]), "got 'b'"), (lambda: ef.Concept(3), "`model`"),
-    (lambda: ef.any_of([A], log_weights=[ef.AboveSigma(1)]), "must be a number")])
+    (lambda: ef.any_of([A], sharpness=ef.AboveSigma(1)), "must be a number")])
 def test_wrong_types(use, message):
     with pytest.raises(TypeError, match=message):
         use()
