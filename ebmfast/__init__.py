@@ -8,7 +8,7 @@
 p(x) ∝ exp(-E(x)); `a & b` adds energies, `a | b` is -logsumexp(-E), `~b` subtracts α·E.
 """
 
-from . import diagnostics, energies, ops, zoo
+from . import diagnostics, energies, inference, ops, zoo
 from .branches import DrawBranches, log_partition, root_branches
 from .calibration import Calibration, calibrate
 from .composition import (
@@ -27,6 +27,7 @@ from .composition import (
 from .coupling import CoupledError
 from .driver import StepInfo
 from .expressions import parse
+from .inference import ConditionSamples, Inference, infer
 from .samplers import BAOAB, HMC, MALA, Annealed, DualAveraging, Langevin
 from .sampling import Run, prepare, sample
 from .state import Fault, Interrupted, NonFiniteError, Report, Result, RunawayError, SampleState, Trace, TraceResult
@@ -35,9 +36,9 @@ from .weights import AboveSigma, PiecewiseSigma
 __version__ = "0.1.0"
 
 __all__ = [
-    "BAOAB", "HMC", "MALA", "AboveSigma", "Annealed", "Calibrated", "Calibration", "Concept", "CoupledError", "DrawBranches",
-    "DualAveraging", "Expression", "Family", "Fault", "Interrupted", "Langevin", "NonFiniteError", "PiecewiseSigma", "Report",
-    "Result", "Run", "RunawayError", "SampleState", "Slot", "StepInfo", "Trace", "TraceResult", "UngroundedNegationError",
-    "all_of", "any_of", "calibrate", "diagnostics", "energies", "from_json", "log_partition", "negate", "ops", "parse",
-    "prepare", "root_branches", "sample", "with_prior", "zoo",
+    "BAOAB", "HMC", "MALA", "AboveSigma", "Annealed", "Calibrated", "Calibration", "Concept", "ConditionSamples",
+    "CoupledError", "DrawBranches", "DualAveraging", "Expression", "Family", "Fault", "Inference", "Interrupted", "Langevin",
+    "NonFiniteError", "PiecewiseSigma", "Report", "Result", "Run", "RunawayError", "SampleState", "Slot", "StepInfo", "Trace",
+    "TraceResult", "UngroundedNegationError", "all_of", "any_of", "calibrate", "diagnostics", "energies", "from_json",
+    "infer", "inference", "log_partition", "negate", "ops", "parse", "prepare", "root_branches", "sample", "with_prior", "zoo",
 ]
