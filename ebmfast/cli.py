@@ -1,4 +1,4 @@
-"""The command line: `ebmfast sample | demo | infer | train | scenes | evaluate | models | doctor`."""
+"""The command line: `ebmfast sample | demo | infer | train | scenes | evaluate | judge | models | doctor`."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_lazy(commands, "infer", "which concepts explain a picture", "inference_cli")
     _add_lazy(commands, "train", "train one concept on the scene data set", "training.cli")
     _add_lazy(commands, "scenes", "render the scene data set (needs Mitsuba 3)", "scenes.cli")
-    _add_lazy(commands, "evaluate", "the paper's experiments: tables and pictures, by a judge", "evaluation")
+    _add_lazy(commands, "evaluate", "the paper's experiments: tables and pictures, by a judge", "experiments.cli")
+    _add_lazy(commands, "judge", "train the network that reads samples in `evaluate`", "experiments.judge_cli")
     doctor = commands.add_parser("doctor", help="versions, backends, and checks that run the kernels")
     doctor.set_defaults(run=_doctor)
     return parser

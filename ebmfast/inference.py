@@ -34,14 +34,14 @@ class Inference:
         names: the slots, or the names of hypotheses.
         candidates: per name its G candidates: condition rows `[G, C]`, or the expressions.
         log_prior: log p(c), of a shape that broadcasts to `[G_1, ..., G_m]`, or None: all alike.
-        shapes: per name `(rows, columns)` where its candidates are a `grid` of two numbers.
+        shapes: per name the shape of the `grid` that its candidates are on, the last number's axis first, where they are.
     """
 
     energy: Tensor
     names: tuple[str, ...]
     candidates: Mapping[str, Tensor | tuple[Expression, ...]]
     log_prior: Tensor | None = None
-    shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def posterior(self) -> Tensor:
@@ -80,9 +80,23 @@ class Inference:
     def map(self, name: str, scene: int = 0) -> Tensor:
         """log p(c_name | x) of one scene on the grid of a slot, `[rows, columns]`, second number upwards."""
         self._axis(name)
-        if name not in self.shapes:
+        if len(self.shapes.get(name, ())) != 2:
             raise ValueError(f"the candidates of {name!r} are not a grid over two numbers: make them with ef.inference.grid")
         return self.marginal(name)[scene].log().view(self.shapes[name]).flip(0)
+
+    def refined(self, name: str) -> Tensor:
+        """Where log p(c_name | x) is greatest between the points of a grid, `[scenes, C]`: of the quadratic through the best point
+        and its neighbours, within one cell; the best point itself at the rim, or where the quadratic has no maximum."""
+        self._axis(name)
+        if name not in self.shapes:
+            raise ValueError(f"the candidates of {name!r} are not a grid: make them with ef.inference.grid")
+        shape, rows = self.shapes[name], self.candidates[name]
+        energies = -self.marginal(name).clamp_min(1e-300).log() if len(self.names) > 1 else self.energy
+        found = rows[energies.argmin(1)].clone()
+        spacing = (rows[-1] - rows[0]) / (torch.tensor(shape[::-1]) - 1).clamp_min(1)
+        for s, energy in enumerate(energies):
+            found[s] += _vertex(energy.view(shape)).flip(0).to(rows) * spacing
+        return found
 
     def _axis(self, name: str) -> int:
         if name not in self.names:
@@ -133,6 +147,26 @@ def grid(ranges: Sequence[Sequence[float]], points: int | Sequence[int] = 20) ->
     axes = [low + (high - low) * (torch.arange(k) + 0.5) / k for (low, high), k in zip(ranges, points)]
     mesh = torch.meshgrid(*reversed(axes), indexing="ij")  # the first number varies fastest
     return Grid(torch.stack([m.flatten() for m in reversed(mesh)], 1), tuple(reversed(points)))
+
+
+def _vertex(energy: Tensor) -> Tensor:
+    """Offset from the least element of an array to the minimum of the quadratic through it and its neighbours, in cells."""
+    at = torch.stack(torch.unravel_index(energy.argmin(), energy.shape))
+    size = torch.tensor(energy.shape)
+    if ((at == 0) | (at == size - 1)).any():
+        return torch.zeros(len(size), dtype=energy.dtype)
+    steps = torch.eye(len(size), dtype=torch.long)
+
+    def value(offset):
+        return energy[tuple(at + offset)]
+
+    gradient = torch.stack([(value(e) - value(-e)) / 2 for e in steps])
+    hessian = torch.stack([torch.stack([
+        value(e) + value(-e) - 2 * value(0 * e) if i == j else (value(e + f) - value(e - f) - value(f - e) + value(-e - f)) / 4
+        for j, f in enumerate(steps)]) for i, e in enumerate(steps)])
+    if not (torch.linalg.eigvalsh(hessian) > 0).all():
+        return torch.zeros_like(gradient)
+    return -torch.linalg.solve(hessian, gradient).clamp(-1, 1)
 
 
 def infer(x: Tensor, hypotheses, conditions: Mapping | None = None, *, ranges: Mapping | None = None, sigma: float | None = None,
@@ -243,7 +277,7 @@ def _over_expressions(copies, members, hypotheses, sigma, log_prior, batch_size)
 def _over_slots(copies, members, expression: Expression, conditions: Mapping, sigma, log_prior, batch_size) -> Inference:
     if set(expression.slots) != set(conditions):
         raise ValueError(f"`conditions` must fill the slots {list(expression.slots)}, got {list(conditions)}")
-    shapes = {name: c.shape for name, c in conditions.items() if isinstance(c, Grid) and len(c.shape) == 2}
+    shapes = {name: c.shape for name, c in conditions.items() if isinstance(c, Grid)}
     rows = {name: _rows(name, conditions[name]) for name in expression.slots}
     plan = Plan(expression)
     plan.check_energies("inference")

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("pictures", type=Path, nargs="+", help="pictures of the size that the models were trained on")
     parser.add_argument("--concepts", nargs="+", metavar="NAME", help="what to ask for (default: every concept)")
     parser.add_argument("--one-scene", action="store_true", help="all pictures show the same scene: their energies add up")
-    parser.add_argument("--sigma", type=float, default=0.4,
+    parser.add_argument("--sigma", type=float, default=0.2,
                         help="noise level at which energies are compared (default: %(default)s)")
     parser.add_argument("--draws", type=int, default=4, help="noised copies that energies are averaged over (default: %(default)s)")
     parser.add_argument("--grid", type=int, default=20, help="points per number of a continuous condition (default: %(default)s)")
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
             print(", ".join(answer["pictures"]))
             print("\n".join(_line(a) for a in answer["answers"]))
     if args.map:
-        _draw(args, x, data_range, {n: f for n, f in found.items() if n in f.shapes}, len(scenes))
+        _draw(args, x, data_range, {n: f for n, f in found.items() if len(f.shapes.get(n, ())) == 2}, len(scenes))
     return 0
 
 

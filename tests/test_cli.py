@@ -140,7 +140,7 @@ def test_infer_names_what_a_picture_shows(capsys, tmp_path):
     found = answer[0]["answers"][0]
     assert all(abs(a - b) < 0.25 for a, b in zip(found["mean"], data.position[0].tolist()))
     with image.open(picture) as drawn:
-        assert drawn.text["sigma"] == "0.4" and drawn.size[0] == 2 * (32 * 6 + 2) + 2
+        assert drawn.text["sigma"] == "0.2" and drawn.size[0] == 2 * (32 * 6 + 2) + 2
 
 
 @pytest.mark.parametrize(("args", "message"), [

@@ -45,6 +45,19 @@ def test_energies_of_one_scene_add_up_over_its_observations():
     torch.testing.assert_close(apart.energy.sum(0), r.energy.sum(0), rtol=1e-5, atol=1e-4)
 
 
+def test_between_the_points_of_a_grid():
+    """A quadratic energy has its minimum at the mean of the observations, wherever that lies between points."""
+    mixed = torch.tensor([[2.0, 0.7], [0.7, 1.0]])
+    energy = ef.Family(lambda x, condition: torch.einsum("bi,ij,bj->b", x - condition, mixed, x - condition), "f", condition_dim=2)
+    x = torch.tensor([[0.31, -0.52], [0.03, 0.66], [5.0, 0.0]])
+    r = ef.infer(x, energy[ef.Slot("c")], {"c": grid([(-1, 1), (-2, 2)], [10, 12])})
+    torch.testing.assert_close(r.refined("c")[:2], x[:2], rtol=1e-3, atol=1e-3)
+    assert torch.equal(r.refined("c")[2], r.best["c"][2])  # at the rim
+    line = ef.Family(ConditionalQuadratic(), "g", condition_dim=1)
+    r = ef.infer(torch.tensor([[0.43]]), line[ef.Slot("c")], {"c": grid([(0, 1)], 5)})
+    torch.testing.assert_close(r.refined("c"), torch.tensor([[0.43]]), rtol=1e-3, atol=1e-3)
+
+
 def test_several_slots_are_combined_and_each_leaf_is_evaluated_once_per_candidate():
     one, two = ConditionalQuadratic(2.0), ConditionalQuadratic(5.0)
     a = ef.Family(one, "a", condition_dim=2, unconditional=True)
