@@ -4,7 +4,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -112,6 +112,12 @@ class Models:
             steps_per_level=settings.steps_per_level or schedule["steps_per_level"],
             drift=settings.drift or schedule["drift"]), None
 
+    def adapted(self, settings: Settings) -> Settings:
+        """The settings, or what of them makes sense for energies without a noise level: plain sums, the models' own α."""
+        if all("sigma_max" in card["schedule"] for card in self.cards.values()):
+            return settings
+        return replace(settings, alpha=None, prior_above=None)
+
     @property
     def hybrid(self) -> bool:
         """Whether any of them was trained with a cross-entropy term."""
@@ -217,7 +223,7 @@ class Protocol:
 
     def sampled(self, row: Row, models: Models, settings: Settings | None = None, by: str | None = None) -> Scored:
         """Samples of the composition of `models`."""
-        settings = settings or CHOSEN.get(row.title, Settings())
+        settings = models.adapted(settings or CHOSEN.get(row.title, Settings()))
         rows, group = self.rows(row)
         composed = expression(row, models, settings)
         sampler, steps = models.sampler(settings)
