@@ -8,7 +8,7 @@
 p(x) ∝ exp(-E(x)); `a & b` adds energies, `a | b` is -logsumexp(-E), `~b` subtracts α·E.
 """
 
-from . import diagnostics, energies, inference, ops, zoo
+from . import diagnostics, energies, images, inference, ops, zoo
 from .branches import DrawBranches, log_partition, root_branches
 from .calibration import Calibration, calibrate
 from .composition import (
@@ -40,5 +40,6 @@ __all__ = [
     "CoupledError", "DrawBranches", "DualAveraging", "Expression", "Family", "Fault", "Inference", "Interrupted", "Langevin",
     "NonFiniteError", "PiecewiseSigma", "Report", "Result", "Run", "RunawayError", "SampleState", "Slot", "StepInfo", "Trace",
     "TraceResult", "UngroundedNegationError", "all_of", "any_of", "calibrate", "diagnostics", "energies", "from_json",
-    "infer", "inference", "log_partition", "negate", "ops", "parse", "prepare", "root_branches", "sample", "with_prior", "zoo",
+    "images", "infer", "inference", "log_partition", "negate", "ops", "parse", "prepare", "root_branches", "sample",
+    "with_prior", "zoo",
 ]
