@@ -23,6 +23,7 @@ from .composition import (
     from_json,
     negate,
     with_prior,
+    without,
 )
 from .coupling import CoupledError
 from .driver import StepInfo
@@ -41,5 +42,5 @@ __all__ = [
     "NonFiniteError", "PiecewiseSigma", "Report", "Result", "Run", "RunawayError", "SampleState", "Slot", "StepInfo", "Trace",
     "TraceResult", "UngroundedNegationError", "all_of", "any_of", "calibrate", "diagnostics", "energies", "from_json",
     "images", "infer", "inference", "log_partition", "negate", "ops", "parse", "prepare", "root_branches", "sample",
-    "with_prior", "zoo",
+    "with_prior", "without", "zoo",
 ]

@@ -477,6 +477,25 @@ def negate(expression: Expression, alpha=None) -> Expression:
     return Sum(((-alpha, expression),))
 
 
+def without(expression: Expression, concept: Expression, prior: Expression, odds: float = 10.0) -> Expression:
+    """Bounded negation: p(x) ∝ p_a(x) / (1 + odds · p_b(x) / p(x)), E = E_a + E_p - (-log(exp(-E_p) + odds · exp(-E_b))).
+
+    `a & ~b` divides by p_b^α, which for ever prefers what is least like b, also in all that b does not speak of. This factor is 1
+    wherever x is not like b, and 1 / odds of p / p_b where it is: only what shows b is pushed away.
+
+    Args:
+        expression: a, what the negation is taken from; `concept`: b.
+        prior: p(x), of b's own model, so that p_b / p is what this model knows about b.
+        odds: how much less likely x becomes where it is as likely under b as without.
+    """
+    expression, concept, prior = _expressions([expression, concept, prior], "without")
+    odds = _number(odds, "odds")
+    if odds <= 0:
+        raise ValueError(f"`odds` must be positive, got {odds}")
+    either = LogSumExp((prior, concept), (0.0, math.log(odds)))
+    return Sum(((1.0, expression), (1.0, prior), (-1.0, either)), expression.step_scale)
+
+
 def with_prior(expression: Expression, prior: Expression, weight=1.0) -> Expression:
     """Count the prior once: every conjunction of total weight W gets -(W - 1)·E_p.
 

@@ -225,8 +225,12 @@ def test_a_prior_that_is_counted_twice_is_seen():
     torch.testing.assert_close(two - one, torch.tensor([48 * 0.5 * 0.25 / 1.0025]), rtol=1e-3, atol=1e-2)
     assert density(row, m, Settings(prior_above=None)) == "plain product"
     assert density(row, m, Settings()) == "product, each prior counted once above sigma 0.15"
-    words = density(Row("not", All(P, Not(C)), {}), m, Settings(alpha=0.4, alpha_above=1.0, weights=(("color", 2.0),)))
+    negated = Row("not", All(P, Not(C)), {})
+    words = density(negated, m, Settings(odds=None, alpha=0.4, alpha_above=1.0, weights=(("color", 2.0),)))
     assert words.endswith("alpha 0.4 above sigma 1; weights color 2")
+    assert density(negated, m, Settings(odds=5.0)) == "bounded negation, odds 5"
+    p, c = m.families["position"][ef.Slot("p")], m.families["color"]
+    assert expression(negated, m, Settings(odds=5.0)) == ef.without(p, c[ef.Slot("c")], c.unconditional, 5.0)
     assert density(Row("or", Any(P, Q), {}), m, Settings()) == "sum of densities"
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,10 +17,10 @@ from .. import __version__, scenes, zoo
 from . import position
 from .judge_cli import config_of
 from .observations import KEPT, observe
-from .protocol import TUNING_SEED, Models, Protocol, Scored
+from .protocol import CHOSEN, TUNING_SEED, Models, Protocol, Scored, Settings, has_not
 from .registry import EVERYWHERE, EXPERIMENTS, Experiment
 from .report import Table
-from .tree import Count
+from .tree import Any, Count
 
 KINDS = {"zoo": "the concepts of most tables (default: the bundled ones)", "objects": "a position model for several objects",
          "continual": "the stages of continual learning", "pairs": "shape and color, trained without some pairs",
@@ -149,7 +150,11 @@ def _experiment(name: str, args, folders) -> Table:
 
 def _lines(row, experiment: Experiment, models: Models, folders, protocol: Protocol, real) -> list[Scored]:
     """Our samples, and the four rows beside them."""
-    lines = [protocol.sampled(row, models), protocol.chance(row)]
+    lines = [protocol.sampled(row, models)]
+    if has_not(row.tree) and not isinstance(row.tree, Any):
+        settings = replace(CHOSEN.get(row.title, Settings()), odds=None)
+        lines.append(protocol.sampled(row, models, settings, f"{models.method}, divided by p^alpha"))
+    lines.append(protocol.chance(row))
     counted = any(isinstance(node, Count) for node in row.columns.values())
     lines.append(Scored(row.title, "real renders", {}, note=real) if isinstance(real, str) else protocol.renders(row))
     joint = None if counted else _models("joint", folders)

@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import zoo
-from ..composition import Expression, Slot
+from ..composition import Expression, Slot, without
 from ..samplers import Annealed, Langevin, Sampler
 from ..sampling import sample
 from ..weights import AboveSigma
 from .conditions import Law, draw_conditions
 from .measures import Cell, free_attributes, kernel_distance, share
 from .registry import Row
-from .tree import Any, Count, Is, Not, Present, assign, compose
+from .tree import All, Any, Count, Is, Node, Not, Present, assign, compose
 
 JOINT = ("shape", "color", "position", "size")  # the order in which one model conditioned on all takes them
 TUNING_SEED = 0  # of the conditions on which settings were chosen; never reported
@@ -30,14 +30,16 @@ class Settings:
     """What is chosen on other conditions than those reported: weights, priors, schedule.
 
     weights: weight of each concept's conditional energy against its prior (1 is Bayes' rule; above sharpens).
-    alpha: weight of a negated concept, at noise levels above `alpha_above`; None is the models' own.
+    odds: of the bounded negation (`ef.without`) where a conjunction has a negated concept; None divides by p^alpha:
+    alpha: weight of a negated concept then, at noise levels above `alpha_above`; None is the models' own.
     prior_above: each model's own prior is taken out at noise levels above this one only; None: never (a plain product).
     levels, steps_per_level, drift: of the annealing; None is the card's.
     """
 
     weights: tuple[tuple[str, float], ...] = ()
-    alpha: float | None = 0.6
-    alpha_above: float = 0.5
+    odds: float | None = 10.0
+    alpha: float | None = 0.3
+    alpha_above: float = 1.0
     prior_above: float | None = 0.15
     levels: int | None = None
     steps_per_level: int | None = None
@@ -116,7 +118,7 @@ class Models:
         """The settings, or what of them makes sense for energies without a noise level: plain sums, the models' own α."""
         if all("sigma_max" in card["schedule"] for card in self.cards.values()):
             return settings
-        return replace(settings, alpha=None, prior_above=None)
+        return replace(settings, odds=None, alpha=None, prior_above=None)
 
     @property
     def hybrid(self) -> bool:
@@ -140,10 +142,23 @@ def _method(card: dict) -> str:
 def expression(row: Row, models: Models, settings: Settings) -> Expression:
     """The composition of a row through the public algebra, conditions left as slots."""
     weights = dict(settings.weights)
-    composed = compose(row.tree, models.families, lambda concept: weights.get(concept, 1.0), settings.negation)
-    if settings.prior_above is None or not all(c.get("prior") for c in models.cards.values()):
-        return composed
-    return zoo.own_priors(composed, settings.prior_above)
+    kept, excluded = _excluded(row.tree) if settings.odds is not None else (row.tree, ())
+    composed = compose(kept, models.families, lambda concept: weights.get(concept, 1.0), settings.negation)
+    if settings.prior_above is not None and all(c.get("prior") for c in models.cards.values()):
+        composed = zoo.own_priors(composed, settings.prior_above)
+    for part in excluded:
+        family = models.families[part.concept]
+        composed = without(composed, family[Slot(part.slot)], family.unconditional, settings.odds)
+    return composed
+
+
+def _excluded(tree) -> tuple[Node, tuple[Is, ...]]:
+    """A conjunction without its negated concepts, and these; any other tree as it is."""
+    if not isinstance(tree, All):
+        return tree, ()
+    excluded = tuple(p.part for p in tree.parts if isinstance(p, Not) and isinstance(p.part, Is))
+    kept = tuple(p for p in tree.parts if not (isinstance(p, Not) and isinstance(p.part, Is)))
+    return (All(*kept) if len(kept) > 1 else kept[0]), excluded
 
 
 def density(row: Row, models: Models, settings: Settings) -> str:
@@ -151,11 +166,14 @@ def density(row: Row, models: Models, settings: Settings) -> str:
     parts = []
     if isinstance(row.tree, Any) or any(isinstance(p, Any) for p in getattr(row.tree, "parts", ())):
         parts.append("sum of densities")
-    if len(list(row.tree.leaves())) > 1 and not (isinstance(row.tree, Any) and all(isinstance(p, Is) for p in row.tree.parts)):
+    kept = _excluded(row.tree)[0] if settings.odds is not None else row.tree
+    if len(list(kept.leaves())) > 1 and not (isinstance(row.tree, Any) and all(isinstance(p, Is) for p in row.tree.parts)):
         corrected = settings.prior_above is not None and all(c.get("prior") for c in models.cards.values())
         above = f" above sigma {settings.prior_above:g}" if settings.prior_above else ""
         parts.append(f"product, each prior counted once{above}" if corrected else "plain product")
-    if _has_not(row.tree):
+    if has_not(row.tree) and settings.odds is not None:
+        parts.append(f"bounded negation, odds {settings.odds:g}")
+    elif has_not(row.tree):
         alpha = "the models' own" if settings.alpha is None else f"{settings.alpha:g}"
         above = f" above sigma {settings.alpha_above:g}" if settings.alpha is not None and settings.alpha_above else ""
         parts.append(f"alpha {alpha}{above}")
@@ -164,8 +182,9 @@ def density(row: Row, models: Models, settings: Settings) -> str:
     return "; ".join(parts) or "p(x | c)"
 
 
-def _has_not(tree) -> bool:
-    return isinstance(tree, Not) or any(_has_not(p) for p in getattr(tree, "parts", ()))
+def has_not(tree: Node) -> bool:
+    """Whether something in it is negated."""
+    return isinstance(tree, Not) or any(has_not(p) for p in getattr(tree, "parts", ()))
 
 
 @dataclass
