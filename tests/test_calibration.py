@@ -8,6 +8,7 @@ import torch
 from models import NoisedGaussian, gaussian
 
 import ebmfast as ef
+from ebmfast import calibration
 from ebmfast.calibration import mbar
 
 SIGMAS = (2.0, 1.0, 0.5)
@@ -55,6 +56,23 @@ def test_constants_of_noised_gaussians_at_every_level(source):
         assert e < 0.08 and abs(v - exact_difference(sigma)) < 4 * e, (sigma, v, e)
         stored = [ef.weights.weight_at(b.log_z, sigma) for b in found]
         assert stored == pytest.approx(found.log_z[node].tolist())
+
+
+def test_points_are_those_after_the_last_step_of_each_level():
+    a, b = branches()
+    sampler = ef.Annealed(SIGMAS, steps_per_level=3)
+    levels, points = calibration._sampled([a, b], (3,), sampler, None, 5, 7, 2, {})
+    assert levels == SIGMAS and [len(p) for p in points] == [2, 2, 2]
+    for i in range(3):
+        for k, branch in enumerate((a, b)):
+            stopped = ef.Annealed(SIGMAS[:i + 1], steps_per_level=3, denoise=False)
+            x = ef.sample(branch, 5, (3,), stopped, seed=7 + k, batch_size=2).x
+            torch.testing.assert_close(points[i][k], x)
+
+
+def test_constants_hold_around_their_level():
+    found = calibration._schedule((4.0, 1.0, 0.25), torch.tensor([3.0, 2.0, 1.0]))
+    assert [found.at(s) for s in (9.0, 4.0, 2.1, 1.9, 1.0, 0.6, 0.4, 0.25, 0.01)] == [3, 3, 3, 2, 2, 2, 1, 1, 1]
 
 
 def test_a_mixture_whose_constant_is_known():

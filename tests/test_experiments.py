@@ -62,18 +62,19 @@ class Renders:
     def __init__(self, n, seed=0):
         labels = Law().labels(n, torch.Generator().manual_seed(seed))
         self.position, self.size, self.shape, self.color = (labels[k] for k in ("position", "size", "shape", "color"))
+        self.odd = torch.arange(n) % 2
 
     def __len__(self):
         return len(self.size)
 
     def __getitem__(self, index):
         part = Renders.__new__(Renders)
-        for name in ("position", "size", "shape", "color"):
+        for name in ("position", "size", "shape", "color", "odd"):
             setattr(part, name, getattr(self, name)[index])
         return part
 
     def pixels(self):
-        rest = torch.zeros(len(self.size), 36)
+        rest = F.pad(self.odd[:, None].float(), (35, 0))  # the last pixel: which half of the renders
         shape, color = F.one_hot(self.shape, 3).float(), F.one_hot(self.color, 6).float()
         return torch.cat([self.position, self.size[:, None], shape, color, rest], 1).view(-1, 3, 4, 4)
 
@@ -132,7 +133,8 @@ def test_labels_are_drawn_so_that_the_tree_holds(tree):
         first = P.holds(labels, rows).float().mean()
         assert abs(float(first) - 0.5) < 5 * 0.5 / 20
     if tree == All(P, Not(C)):  # free attributes keep their law, and colours all but one
-        assert set(labels["color"].tolist()) == set(range(6)) and abs(float(labels["size"].mean()) - 0.55) < 0.03
+        assert torch.equal(labels["position"], rows["p"]) and set(labels["color"].tolist()) == set(range(6))
+        assert abs(float(labels["size"].mean()) - 0.55) < 0.03
 
 
 def test_conditions_are_seeded_and_far_enough_apart():
@@ -207,6 +209,7 @@ def test_a_world_with_known_energies_is_composed_right(row):
     assert ours.pictures.shape == (64, 3, 4, 4)
     real = run.renders(row)
     assert real.cells["all"].value == 1.0 and real.by == "real renders"
+    assert (real.pictures[:, 2, 3, 3] == 1).all()  # distances are to the other half
     if row.title == "and":
         chance = run.chance(row)
         assert chance.cells["color"].value == pytest.approx(1 / 6, abs=0.13) and chance.cells["all"].value < 0.12
