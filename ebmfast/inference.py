@@ -91,7 +91,9 @@ class Inference:
         if name not in self.shapes:
             raise ValueError(f"the candidates of {name!r} are not a grid: make them with ef.inference.grid")
         shape, rows = self.shapes[name], self.candidates[name]
-        energies = -self.marginal(name).clamp_min(1e-300).log() if len(self.names) > 1 else self.energy
+        energies = -self.marginal(name).clamp_min(1e-300).log()
+        if len(self.names) == 1:  # no rounding to 0
+            energies = self.energy if self.log_prior is None else self.energy - self.log_prior
         found = rows[energies.argmin(1)].clone()
         spacing = (rows[-1] - rows[0]) / (torch.tensor(shape[::-1]) - 1).clamp_min(1)
         for s, energy in enumerate(energies):
@@ -207,6 +209,8 @@ def infer(x: Tensor, hypotheses, conditions: Mapping | None = None, *, ranges: M
     if isinstance(draws, bool) or not isinstance(draws, int) or draws < 0:
         raise ValueError(f"`draws` must be an integer, 0 or more, got {draws!r}")
     if isinstance(hypotheses, Expression):
+        if not hypotheses.slots:
+            raise ValueError(f"`hypotheses` must be several compositions, or one with slots, got {hypotheses!r}")
         if (conditions is None) == (ranges is None):
             raise ValueError("`conditions`, the candidates of every slot, or `ranges` must be given, and not both")
     elif conditions is not None or ranges is not None:

@@ -53,6 +53,10 @@ def test_between_the_points_of_a_grid():
     r = ef.infer(x, energy[ef.Slot("c")], {"c": grid([(-1, 1), (-2, 2)], [10, 12])})
     torch.testing.assert_close(r.refined("c")[:2], x[:2], rtol=1e-3, atol=1e-3)
     assert torch.equal(r.refined("c")[2], r.best["c"][2])  # at the rim
+    prior = 0.8 * r.candidates["c"][:, 0].double()
+    tilt = ef.infer(x, energy[ef.Slot("c")], {"c": grid([(-1, 1), (-2, 2)], [10, 12])}, log_prior=prior)
+    shift = torch.linalg.solve(2 * mixed, torch.tensor([0.8, 0.0]))  # of the minimum, by a prior that is exponential in c_1
+    torch.testing.assert_close(tilt.refined("c")[:2], x[:2] + shift, rtol=1e-3, atol=1e-3)
     line = ef.Family(ConditionalQuadratic(), "g", condition_dim=1)
     r = ef.infer(torch.tensor([[0.43]]), line[ef.Slot("c")], {"c": grid([(0, 1)], 5)})
     torch.testing.assert_close(r.refined("c"), torch.tensor([[0.43]]), rtol=1e-3, atol=1e-3)
@@ -184,6 +188,7 @@ C = {"c": torch.zeros(3, 2)}
     (dict(x=X, hypotheses=FAMILY[ef.Slot("c")], conditions=C, draws=-1), ValueError, "`draws` must be"),
     (dict(x=X, hypotheses=[FAMILY[ef.Slot("c")]]), ValueError, "has the slot 'c'"),
     (dict(x=X, hypotheses=[FAMILY(0, 0)], conditions=C), ValueError, "a list of hypotheses has none"),
+    (dict(x=X, hypotheses=FAMILY(0, 0), conditions={}), ValueError, "or one with slots"),
     (dict(x=X, hypotheses=["red"]), TypeError, "must be concepts"),
     (dict(x=X, hypotheses=FAMILY[ef.Slot("c")], ranges={"c": [(1.0, 0.0)] * 2}), ValueError, r"pairs \(low, high\)"),
     (dict(x=X, hypotheses=FAMILY[ef.Slot("c")], ranges={"p": [(0.0, 1.0)] * 2}), ValueError, "must name the slots"),
