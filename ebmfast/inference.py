@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import rng
-from .composition import Concept, Expression, Slot, any_of
+from .composition import Calibrated, Concept, Expression, Slot, any_of
 from .evaluator import as_rows
 from .plan import Plan
 from .samplers import MALA, DualAveraging, Sampler
@@ -270,6 +270,8 @@ def _over_expressions(copies, members, hypotheses, sigma, log_prior, batch_size)
             raise TypeError(f"`hypotheses` must be concepts and compositions, got {options!r} for {name!r}")
         if slots := [s for e in options for s in e.slots]:
             raise ValueError(f"`hypotheses` has the slot {slots[0]!r}; pass one expression and `conditions`")
+        if len({e.relative_to if isinstance(e, Calibrated) else None for e in options}) > 1:
+            raise ValueError(f"the constants of {name!r} do not compare: calibrate all of them, in one call, or none")
     flat = [e for options in candidates.values() for e in options]
     together = Together(flat, max(1, batch_size // len(flat)))
     together.plan.check_sigmas(None if sigma is None else [sigma])

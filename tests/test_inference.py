@@ -189,6 +189,7 @@ C = {"c": torch.zeros(3, 2)}
     (dict(x=X, hypotheses=[FAMILY[ef.Slot("c")]]), ValueError, "has the slot 'c'"),
     (dict(x=X, hypotheses=[FAMILY(0, 0)], conditions=C), ValueError, "a list of hypotheses has none"),
     (dict(x=X, hypotheses=FAMILY(0, 0), conditions={}), ValueError, "or one with slots"),
+    (dict(x=X, hypotheses=[ef.Calibrated(FAMILY(0, 0), 1.0), FAMILY(1, 0)]), ValueError, "do not compare"),
     (dict(x=X, hypotheses=["red"]), TypeError, "must be concepts"),
     (dict(x=X, hypotheses=FAMILY[ef.Slot("c")], ranges={"c": [(1.0, 0.0)] * 2}), ValueError, r"pairs \(low, high\)"),
     (dict(x=X, hypotheses=FAMILY[ef.Slot("c")], ranges={"p": [(0.0, 1.0)] * 2}), ValueError, "must name the slots"),
