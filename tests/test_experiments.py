@@ -151,6 +151,10 @@ def test_conditions_are_seeded_and_far_enough_apart():
     assert found["unseen"] == {(0, 1), (2, 3)} and found["seen"].isdisjoint(found["unseen"]) and len(found["seen"]) == 10
     drawn = law.labels(500, torch.Generator().manual_seed(0))
     assert set(zip(drawn["shape"].tolist(), drawn["color"].tolist())) == found["seen"]
+    for rows in pairs.values():  # the second pair is one that training showed, and shares nothing with the first
+        second = list(zip(rows["g"].argmax(1).tolist(), rows["d"].argmax(1).tolist()))
+        assert set(second).isdisjoint(found["unseen"]) and not (rows["f"].argmax(1) == rows["g"].argmax(1)).any()
+    assert law.shown(torch.tensor([0, 0, 2]), torch.tensor([0, 1, 3])).tolist() == [True, False, False]
     with pytest.raises(ValueError, match="no unseen pairs"):
         experiments.draw_conditions(3, 1, Law(), "unseen")
 
@@ -220,14 +224,15 @@ def test_a_world_with_known_energies_is_composed_right(row):
 def test_a_prior_that_is_counted_twice_is_seen():
     """Without correction the size, that neither concept speaks of, has half the variance: the plain product says so."""
     row, m = Row("and", All(P, C), {"all": All(P, C)}), world()
-    corrected, plain = (expression(row, m, Settings(prior_above=above)) for above in (0.0, None))
+    corrected, plain = (expression(row, m, Settings(prior_above=0.0, plain=plain)) for plain in (False, True))
     rows = {"p": torch.zeros(1, 2), "c": torch.eye(6)[:1]}
     one, two = (e.energy(torch.full((1, 3, 4, 4), 0.5), 0.05, rows) - e.energy(torch.zeros(1, 3, 4, 4), 0.05, rows)
                 for e in (corrected, plain))
     # Twice counted: the prior of all 48 pixels at 0.5, half of x²/(1 + σ²).
     torch.testing.assert_close(two - one, torch.tensor([48 * 0.5 * 0.25 / 1.0025]), rtol=1e-3, atol=1e-2)
-    assert density(row, m, Settings(prior_above=None)) == "plain product"
-    assert density(row, m, Settings()) == "product, each prior counted once above sigma 0.15"
+    assert density(row, m, Settings(plain=True)) == "plain product"
+    assert density(row, m, Settings()) == "product, each prior counted once"  # the card names no level
+    assert density(row, m, Settings(prior_above=0.2)) == "product, each prior counted once above sigma 0.2"
     negated = Row("not", All(P, Not(C)), {})
     words = density(negated, m, Settings(odds=None, alpha=0.4, alpha_above=1.0, weights=(("color", 2.0),)))
     assert words.endswith("alpha 0.4 above sigma 1; weights color 2")
@@ -235,6 +240,24 @@ def test_a_prior_that_is_counted_twice_is_seen():
     p, c = m.families["position"][ef.Slot("p")], m.families["color"]
     assert expression(negated, m, Settings(odds=5.0)) == ef.without(p, c[ef.Slot("c")], c.unconditional, 5.0)
     assert density(Row("or", Any(P, Q), {}), m, Settings()) == "sum of densities"
+
+
+def test_energies_without_a_noise_level_are_sampled_as_the_paper_does():
+    """Of range [0, 1]: read in [-1, 1]. Without priors a plain product and the models' own alpha."""
+
+    class Bowl(nn.Module):
+        def forward(self, x, condition):
+            wanted = (condition + 1) / 2
+            return 50 * (x.flatten(1)[:, :2] - wanted).square().sum(1)
+
+    schedule = {"step": 0.005, "noise": 0.001, "steps": 60, "gradient_clip": None}
+    about = card("position", 2, schedule=schedule, data_range=[0, 1], prior=False, sigma=None, method="contrastive divergence")
+    m = Models({"position": ef.Family(Bowl(), "position", condition_dim=2, data_range=(0, 1))}, {"position": about},
+               "contrastive divergence")
+    found = protocol(real=None).sampled(Row("position", P, {"position": P}), m)
+    assert found.cells["position"].value == 1.0 and found.temperature < 1e-3 and float(found.pictures.min()) >= -1
+    adapted = m.adapted(Settings())
+    assert adapted.plain and adapted.odds is None and adapted.alpha is None
 
 
 def test_one_joint_model_is_asked_for_labels_that_are_right():
@@ -352,7 +375,8 @@ def energy(folder, name, dim, **more):
 
 def cubes(folder, name, dim):
     about = card(name, dim, shape=[3, SIZE, SIZE], kind="energy", method="contrastive divergence", prior=False, sigma=None,
-                 schedule={"step": 1.0, "noise": 0.001, "steps": 2}, takes_sigma=False,
+                 schedule={"sampler": "Langevin.reference_code", "step": 1.0, "noise": 0.001, "steps": 2, "gradient_clip": None},
+                 takes_sigma=False, data_range=[0, 1],
                  architecture={"class": "ebmfast.models.CubesNet", "arguments": {"condition_dim": dim, "width": 4}})
     torch.manual_seed(0)
     write_model(folder, name, models.CubesNet(dim, 4), about)
@@ -420,7 +444,7 @@ def test_what_is_missing_is_said(capsys, folders, tmp_path):
     status = cli.main(["evaluate", "concepts", "--models", "faces=x"])
     assert status == 2 and "`--models` must be KIND=DIR" in capsys.readouterr().err
     status = cli.main(["evaluate", "concepts", "--models", f"zoo={folders / 'zoo'}"])
-    assert status == 2 and "the bundled judge reads pictures of [3, 32, 32], the models make [3, 16, 16]" in capsys.readouterr().err
+    assert status == 2 and "the judge reads pictures of [3, 32, 32], the models make [3, 16, 16]" in capsys.readouterr().err
     with pytest.raises(ValueError, match="has no models"):
         Models.load(folders / "readers")
 

@@ -7,6 +7,7 @@ trained by the paper's method; those that are missing say what would make them.
 from __future__ import annotations
 
 import argparse
+import json
 import platform
 from dataclasses import replace
 from pathlib import Path
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"no experiment {name!r}; there are {', '.join(NAMES)}, and all")
     for name in names:
         needed = "zoo" if name == INFERENCE else EXPERIMENTS[name].models
-        if everything and needed != "zoo" and needed not in folders:
+        if everything and _models(needed, folders) is None:
             print(f"{name}: left out, for there are no models: --models {needed}=DIR\n", flush=True)
             continue
         table = _inference(args, folders) if name == INFERENCE else _experiment(name, args, folders)
@@ -92,18 +93,21 @@ def _folders(given: list[str]) -> dict[str, Path]:
 def _models(kind: str, folders: dict[str, Path]) -> Models | None:
     if kind in folders:
         return Models.load(folders[kind])
-    return Models.bundled() if kind == "zoo" else None
+    bundled = Path(zoo.__file__).parent / kind
+    if bundled.is_dir():
+        return Models.load(bundled)
+    models = Models.bundled()
+    return models if kind == "zoo" or (kind == "pairs" and models.law.held_out) else None
 
 
 def _reader(path: Path | None, kind: str, models: Models):
     """The network that reads samples, for pictures of the models' size."""
-    if path is None and kind == "counter":
-        raise ValueError("`objects` needs a counter: --counter JSON; `ebmfast judge counter` trains one")
-    card = zoo.card("judge") if path is None else None
-    reader = zoo.load("judge") if path is None else zoo.load_from(path.parent, path.stem)
-    if card is not None and tuple(card["shape"]) != models.shape:
-        raise ValueError(f"the bundled judge reads pictures of {card['shape']}, the models make {list(models.shape)}: pass --judge")
-    return reader
+    if path is None and not zoo.names(kind):
+        raise ValueError(f"no {kind} is bundled: pass --{kind} JSON; `ebmfast judge {kind}` trains one")
+    card = zoo.card(kind) if path is None else json.loads(path.read_text())
+    if tuple(card["shape"]) != models.shape:
+        raise ValueError(f"the {kind} reads pictures of {card['shape']}, the models make {list(models.shape)}: pass --{kind} JSON")
+    return zoo.load(kind) if path is None else zoo.load_from(path.parent, path.stem)
 
 
 def _data(name: str, models: Models, root):

@@ -32,7 +32,8 @@ class Settings:
     weights: weight of each concept's conditional energy against its prior (1 is Bayes' rule; above sharpens).
     odds: of the bounded negation (`ef.without`) where a conjunction has a negated concept; None divides by p^alpha:
     alpha: weight of a negated concept then, at noise levels above `alpha_above`; None is the models' own.
-    prior_above: each model's own prior is taken out at noise levels above this one only; None: never (a plain product).
+    prior_above: each model's own prior is taken out at noise levels above this one only; None is the card's.
+    plain: priors stay where they are, as in the paper: a plain product.
     levels, steps_per_level, drift: of the annealing; None is the card's.
     """
 
@@ -40,7 +41,8 @@ class Settings:
     odds: float | None = 10.0
     alpha: float | None = 0.3
     alpha_above: float = 1.0
-    prior_above: float | None = 0.15
+    prior_above: float | None = None
+    plain: bool = False
     levels: int | None = None
     steps_per_level: int | None = None
     drift: float | None = None
@@ -105,46 +107,65 @@ class Models:
 
     def sampler(self, settings: Settings) -> tuple[Sampler, int | None]:
         """The sampler that the cards name, with what the settings change, and its number of steps where it has none."""
-        about = next(iter(self.cards.values()))
-        schedule = about["schedule"]
+        schedule = self.schedule
         if "sigma_max" not in schedule:
-            return Langevin.reference_code(schedule["step"], schedule["noise"]), schedule["steps"]
+            clips = {"grad_clip_value": schedule["gradient_clip"]} if schedule.get("gradient_clip") else {}
+            return Langevin.reference_code(schedule["step"], schedule["noise"], **clips), schedule["steps"]
         return Annealed.geometric(
             schedule["sigma_max"], schedule["sigma_min"], settings.levels or schedule["levels"], denoise=schedule["denoise"],
             steps_per_level=settings.steps_per_level or schedule["steps_per_level"],
             drift=settings.drift or schedule["drift"]), None
 
+    @property
+    def schedule(self) -> dict:
+        """How the first of them is sampled; they agree."""
+        return next(iter(self.cards.values()))["schedule"]
+
+    @property
+    def have_priors(self) -> bool:
+        """Whether every one has an unconditional energy."""
+        return all(card.get("prior") for card in self.cards.values())
+
     def adapted(self, settings: Settings) -> Settings:
-        """The settings, or what of them makes sense for energies without a noise level: plain sums, the models' own α."""
-        if all("sigma_max" in card["schedule"] for card in self.cards.values()):
-            return settings
-        return replace(settings, odds=None, alpha=None, prior_above=None)
+        """The settings with what the cards leave open filled in, and without what these models cannot do: without priors a plain
+        product and no bounded negation; without noise levels priors and α at all of them."""
+        plain = settings.plain or not self.have_priors
+        odds = settings.odds if self.have_priors else None
+        if "sigma_max" not in self.schedule:
+            return replace(settings, plain=plain, odds=odds, alpha=None, prior_above=0.0)
+        above = self.schedule.get("prior_above", 0.0) if settings.prior_above is None else settings.prior_above
+        return replace(settings, plain=plain, odds=odds, prior_above=above)
+
+    def pictures(self, x: Tensor) -> Tensor:
+        """Samples in the range that readers expect, [-1, 1]."""
+        low, high = next(iter(self.cards.values()))["data_range"]
+        return x if (low, high) == (-1, 1) else (x - low) * (2 / (high - low)) - 1
 
     @property
     def hybrid(self) -> bool:
         """Whether any of them was trained with a cross-entropy term."""
-        return any(_recipe(card).get("contrast_weight", 0) for card in self.cards.values())
+        return any(map(_is_hybrid, self.cards.values()))
 
 
 READERS = ("judge", "counter")
 
 
-def _recipe(card: dict) -> dict:
-    recipe = card.get("recipe", {})
-    return recipe if isinstance(recipe, dict) else {}
+def _is_hybrid(card: dict) -> bool:
+    recipe = card.get("recipe")
+    return bool(card.get("hybrid", isinstance(recipe, dict) and recipe.get("contrast_weight", 0)))
 
 
 def _method(card: dict) -> str:
     name = card.get("method", "score matching")
-    return f"{name}, hybrid" if _recipe(card).get("contrast_weight", 0) else name
+    return f"{name}, hybrid" if _is_hybrid(card) else name
 
 
 def expression(row: Row, models: Models, settings: Settings) -> Expression:
     """The composition of a row through the public algebra, conditions left as slots."""
-    weights = dict(settings.weights)
+    settings, weights = models.adapted(settings), dict(settings.weights)
     kept, excluded = _excluded(row.tree) if settings.odds is not None else (row.tree, ())
     composed = compose(kept, models.families, lambda concept: weights.get(concept, 1.0), settings.negation)
-    if settings.prior_above is not None and all(c.get("prior") for c in models.cards.values()):
+    if not settings.plain:
         composed = zoo.own_priors(composed, settings.prior_above)
     for part in excluded:
         family = models.families[part.concept]
@@ -163,14 +184,13 @@ def _excluded(tree) -> tuple[Node, tuple[Is, ...]]:
 
 def density(row: Row, models: Models, settings: Settings) -> str:
     """What is sampled, in words."""
-    parts = []
+    settings, parts = models.adapted(settings), []
     if isinstance(row.tree, Any) or any(isinstance(p, Any) for p in getattr(row.tree, "parts", ())):
         parts.append("sum of densities")
     kept = _excluded(row.tree)[0] if settings.odds is not None else row.tree
     if len(list(kept.leaves())) > 1 and not (isinstance(row.tree, Any) and all(isinstance(p, Is) for p in row.tree.parts)):
-        corrected = settings.prior_above is not None and all(c.get("prior") for c in models.cards.values())
         above = f" above sigma {settings.prior_above:g}" if settings.prior_above else ""
-        parts.append(f"product, each prior counted once{above}" if corrected else "plain product")
+        parts.append(f"product, each prior counted once{above}" if not settings.plain else "plain product")
     if has_not(row.tree) and settings.odds is not None:
         parts.append(f"bounded negation, odds {settings.odds:g}")
     elif has_not(row.tree):
@@ -242,12 +262,12 @@ class Protocol:
 
     def sampled(self, row: Row, models: Models, settings: Settings | None = None, by: str | None = None) -> Scored:
         """Samples of the composition of `models`."""
-        settings = models.adapted(settings or CHOSEN.get(row.title, Settings()))
+        settings = settings or CHOSEN.get(row.title, Settings())
         rows, group = self.rows(row)
         composed = expression(row, models, settings)
         sampler, steps = models.sampler(settings)
         used = {slot: rows[slot] for slot in composed.slots}
-        x, report = self._draw(composed, sampler, steps, used, models.shape)
+        x, report = self._draw(composed, sampler, steps, used, models)
         return self._scored(row, by or models.method, x, rows, group, density(row, models, settings), report)
 
     def joint(self, row: Row, models: Models) -> Scored:
@@ -260,7 +280,7 @@ class Protocol:
                  "color": F.one_hot(labels["color"], self.law.colors).float()}
         sampler, steps = models.sampler(Settings())
         condition = torch.cat([parts[name] for name in JOINT], 1)
-        x, report = self._draw(models.families["joint"][Slot("all")], sampler, steps, {"all": condition}, models.shape)
+        x, report = self._draw(models.families["joint"][Slot("all")], sampler, steps, {"all": condition}, models)
         return self._scored(row, "one joint model", x, rows, group, "p(x | all labels)", report)
 
     def chance(self, row: Row) -> Scored:
@@ -302,6 +322,8 @@ class Protocol:
         else:
             labels = {name: getattr(data, name)[part] for name in ("position", "size", "shape", "color")}
             present, nodes = labels["shape"] >= 0, [row.tree]
+            if row.pairs == "seen":
+                present = present & self.law.shown(labels["shape"], labels["color"])
         g = torch.Generator().manual_seed(self.condition_seed + 3 + half)
         index = torch.full((self.n,), -1)
         order = torch.rand(self.n, generator=g)
@@ -315,12 +337,12 @@ class Protocol:
                 index[i] = options[int(order[i] * len(options))]
         return index
 
-    def _draw(self, composed, sampler, steps, conditions, shape):
+    def _draw(self, composed, sampler, steps, conditions, models: Models):
         start = time.perf_counter()
-        result = sample(composed, n=self.n, shape=shape, sampler=sampler, steps=steps, conditions=conditions, seed=self.seed,
+        result = sample(composed, n=self.n, shape=models.shape, sampler=sampler, steps=steps, conditions=conditions, seed=self.seed,
                         batch_size=self.batch_size, energies=False, progress=self.progress, **self.options)
         result.report.seconds = time.perf_counter() - start
-        return result.x, result.report
+        return models.pictures(result.x), result.report
 
     def _scored(self, row: Row, by: str, x: Tensor, rows, group, words: str, report) -> Scored:
         cells = self.score(row, self.reader.read(x), rows, group)

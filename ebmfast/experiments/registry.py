@@ -19,14 +19,14 @@ class Row:
         tree: what is composed, and what makes a sample right.
         columns: what is counted, by column title.
         floors: figures to reach, by column title: (">=" or "<=", value).
-        pairs: restricts shapes and colours to pairs that training showed ("seen") or did not ("unseen").
+        pairs: whether shapes and colours asked for are pairs that training showed ("seen") or did not ("unseen").
     """
 
     title: str
     tree: Node
     columns: Mapping[str, Node]
     floors: Mapping[str, tuple[str, float]] = field(default_factory=dict)
-    pairs: str | None = None
+    pairs: str = "seen"
 
     @property
     def free(self) -> tuple[str, ...]:
