@@ -1,13 +1,16 @@
 """The experiments' machinery on worlds where the answers are known, and their commands on tiny models."""
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
+import scene_sheet
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
@@ -15,7 +18,7 @@ from torch import nn
 
 import ebmfast as ef
 from ebmfast import cli, evaluation, experiments, models, zoo
-from ebmfast.experiments import All, Any, Count, Is, Law, Not, Row, Settings
+from ebmfast.experiments import All, Any, Count, Is, Law, Not, Row, Settings, judge_cli, observations, position
 from ebmfast.experiments.measures import free_attributes, kernel_distance, mean, share
 from ebmfast.experiments.protocol import Models, Protocol, density, expression
 from ebmfast.experiments.report import Table
@@ -215,6 +218,9 @@ def test_a_world_with_known_energies_is_composed_right(row):
     assert real.cells["all"].value == 1.0 and real.by == "real renders"
     assert (real.pictures[:, 2, 3, 3] == 1).all()  # distances are to the other half
     if row.title == "and":
+        rows, shown = run.rows(row)[0], real.pictures.flatten(1)[:, :2]
+        assert float((shown - rows["p"][:64]).abs().max()) < 0.4 - 0.03  # well inside, not at the edge of what is right
+    if row.title == "and":
         chance = run.chance(row)
         assert chance.cells["color"].value == pytest.approx(1 / 6, abs=0.13) and chance.cells["all"].value < 0.12
         assert abs(real.cells["kernel distance"].value) < 5 * real.cells["kernel distance"].error
@@ -314,6 +320,23 @@ def test_settings_were_not_chosen_on_the_conditions_that_are_reported():
         protocol(conditions=500)
 
 
+@dataclasses.dataclass
+class Counted:
+    """Pictures and how many objects they show."""
+
+    images: torch.Tensor
+    count: torch.Tensor
+
+    def __len__(self):
+        return len(self.count)
+
+    def __getitem__(self, index):
+        return Counted(self.images[index], self.count[index])
+
+    def pixels(self):
+        return self.images.float() / 127.5 - 1
+
+
 def test_readers_learn_and_their_features_have_one_width():
     g = torch.Generator().manual_seed(0)
     count = torch.randint(0, 3, (160,), generator=g)
@@ -322,21 +345,7 @@ def test_readers_learn_and_their_features_have_one_width():
         for j in range(k):
             images[i, :, 5:10, 1 + 8 * j:6 + 8 * j] = 250
 
-    @dataclasses.dataclass
-    class Data:
-        images: torch.Tensor
-        count: torch.Tensor
-
-        def __len__(self):
-            return len(self.count)
-
-        def __getitem__(self, index):
-            return Data(self.images[index], self.count[index])
-
-        def pixels(self):
-            return self.images.float() / 127.5 - 1
-
-    data = Data(images, count)
+    data = Counted(images, count)
     counter = evaluation.train_counter(data, epochs=12, batch=32)
     seen = counter.read(data.pixels())
     assert torch.equal(seen["count"], count) and torch.equal(seen["present"], count > 0)
@@ -454,3 +463,70 @@ def test_unseen_pairs_need_models_that_have_some(capsys, folders, tmp_path):
     args += ["--models", f"pairs={folders / 'zoo'}", "--judge", folders / "readers" / "judge.json"]
     assert cli.main([str(a) for a in args]) == 2
     assert "no unseen pairs of shape and colour: these models were trained on all of them" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["judge", "counter"])
+def test_readers_are_trained_and_written_with_their_scores(capsys, monkeypatch, tmp_path, kind):
+    data = scene_sheet.load() if kind == "judge" else Counted(scene_sheet.load().images, (scene_sheet.load().shape >= 1).long())
+    asked = []
+    monkeypatch.setattr(experiments.judge_cli, "config_of", lambda name, resolution: asked.append((name, resolution)) or name)
+    monkeypatch.setattr(judge_cli.scenes, "load", lambda config, root: data)
+    monkeypatch.setattr(evaluation, "_fit", functools.partial(_briefly, evaluation._fit))
+    status = cli.main(["judge", kind, "--epochs", "1", "--quiet", "--out", str(tmp_path)])
+    text = capsys.readouterr().out
+    assert status == 0 and f"{tmp_path / kind}.json: " in text
+    assert asked == [("train", 32), ("test", 32)] if kind == "judge" else asked == [("objects-judge", 32), ("objects-test", 32)]
+    about, reader = json.loads((tmp_path / f"{kind}.json").read_text()), zoo.load_from(tmp_path, kind)
+    assert about["kind"] == kind and about["shape"] == [3, 32, 32] and not reader.training
+    wanted = {"present", "position", "size", "shape", "color"} if kind == "judge" else {"count", "count 0", "count 1"}
+    assert wanted <= about["scores"].keys()
+    assert reader.read(data.pixels())["present"].shape == (32,)
+
+
+def _briefly(fit, reader, data, loss_of, epochs, batch, *rest):
+    return fit(reader, data, loss_of, epochs, 16, *rest)
+
+
+def test_observations_of_one_scene_are_rendered_once(monkeypatch, tmp_path):
+    """The object stays, or only its position does; what is rendered is kept."""
+    shown = []
+
+    def render(scene, resolution, samples, seed):
+        shown.append(scene)
+        return np.full((3, resolution, resolution), len(shown), np.uint8)
+
+    monkeypatch.setattr(observations.scenes, "render", render)
+    x, truth = observations.observe(2, 3, "object", 8, tmp_path)
+    assert x.shape == (2, 3, 3, 8, 8) and len(shown) == 6
+    for k in range(2):
+        one = shown[3 * k:3 * k + 3]
+        assert len({(s.shape, s.color, s.position, s.size) for s in one}) == 1 and len({s.light for s in one}) == 3
+        assert torch.allclose(truth[k], torch.tensor(one[0].position))
+    again, _ = observations.observe(2, 3, "object", 8, tmp_path)
+    assert torch.equal(again, x) and len(shown) == 6
+    observations.observe(2, 3, "position", 8, tmp_path)
+    assert len({s.position for s in shown[6:9]}) == 1 and len({s.size for s in shown[6:9]}) == 3
+    with pytest.raises(ValueError, match="`same` must be one of object, position"):
+        observations.observe(2, 3, "scene", 8, tmp_path)
+
+
+def test_errors_of_positions_are_in_per_cent_of_the_scene():
+    found = position.errors(torch.tensor([[0.03, 0.04], [-1.0, -1.0]]), torch.tensor([[0.0, 0.0], [1.0, -1.0]]))
+    torch.testing.assert_close(found, torch.tensor([2.5, 100.0]))
+
+
+def test_table_3_adds_up_the_energies_of_observations(monkeypatch):
+    """A world whose pictures are noisy readings of the position, with deviation 0.3: errors fall with the root of their number."""
+    truth = Law().labels(150, torch.Generator().manual_seed(1))["position"] * 0.5
+    g = torch.Generator().manual_seed(2)
+    pictures = torch.zeros(150, 10, 48)
+    pictures[:, :, :2] = truth[:, None] + 0.3 * torch.randn(150, 10, 2, generator=g)
+    model = ef.Family(lambda x, condition: (x.flatten(1)[:, :2] - condition).square().sum(1) / 0.18, "position", condition_dim=2)
+    m = Models({"position": model}, {"position": card("position", 2, takes_sigma=False)})
+    lines = position.by_observations(pictures.view(150, 10, 3, 4, 4), truth, m, protocol(), "one object")
+    fine = {line.row: line.cells["test"] for line in lines if line.by.endswith("between its points")}
+    expected = 0.3 * math.sqrt(math.pi / 2) * 50  # of a Rayleigh distance, in per cent of a width of 2
+    for count in (1, 2, 5, 10):
+        cell = fine[f"{count} observation{'s' if count > 1 else ''} of one object"]
+        assert cell.low * 0.93 < expected / math.sqrt(count) < cell.high * 1.07
+    assert len(lines) == 2 * len(position.OBSERVATIONS)

@@ -22,6 +22,7 @@ from .registry import Row
 from .tree import All, Any, Count, Is, Node, Not, Present, assign, compose
 
 JOINT = ("shape", "color", "position", "size")  # the order in which one model conditioned on all takes them
+READING_ERROR = 0.04  # of a judge in positions, a quarter of it in sizes: about three times what they are on average
 TUNING_SEED = 0  # of the conditions on which settings were chosen; never reported
 
 
@@ -207,6 +208,15 @@ def has_not(tree: Node) -> bool:
     return isinstance(tree, Not) or any(has_not(p) for p in getattr(tree, "parts", ()))
 
 
+def _around(labels: Mapping[str, Tensor]) -> list[Mapping[str, Tensor]]:
+    """Labels, and what a reader with small errors might take them for."""
+    if "position" not in labels:
+        return [labels]
+    shifts = [torch.tensor([a, b]) * READING_ERROR for a, b in ((1, 1), (1, -1), (-1, 1), (-1, -1))]
+    size = [s * READING_ERROR / 4 for s in (1, -1, 1, -1)]
+    return [labels, *({**labels, "position": labels["position"] + s, "size": labels["size"] + t} for s, t in zip(shifts, size))]
+
+
 @dataclass
 class Scored:
     """One line of a table: who made the pictures, what of them is right, and the pictures."""
@@ -312,7 +322,8 @@ class Protocol:
         return Scored(row.title, "real renders", cells, pictures=x[:64], note=note)
 
     def _satisfying(self, row: Row, rows, half: int) -> Tensor:
-        """For every sample the index of a render for which the row holds, -1 where there is none: from half 0 or 1 of them."""
+        """For every sample the index of a render for which the row holds, also if the reader were a little off; -1 where there is
+        none. From the renders of even number, half 0, or of odd number."""
         data = self.real
         part = torch.arange(half, len(data), 2)
         count = getattr(data, "count", None)
@@ -331,7 +342,8 @@ class Protocol:
             one = {k: v[i:i + 1].expand(len(part), *v.shape[1:]) for k, v in rows.items()}
             fits = present.clone()
             for node in nodes:
-                fits &= node.holds(labels, one)
+                for near in _around(labels):
+                    fits &= node.holds(near, one)
             options = part[fits]
             if len(options):
                 index[i] = options[int(order[i] * len(options))]
