@@ -5,10 +5,13 @@ Both are trained on clean renders only; `ebmfast.experiments` scores samples wit
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from . import images
 
 POSITION_TOLERANCE = 0.4
 SIZE_TOLERANCE = 0.06
@@ -167,3 +170,9 @@ def judge_scores(judge: Judge, data) -> dict[str, float]:
 def near(position: Tensor, wanted: Tensor, tolerance: float = POSITION_TOLERANCE) -> Tensor:
     """Whether both coordinates are within the tolerance: [N, 2], [N, 2] -> bool [N] (the paper's 0.4)."""
     return ((position - wanted).abs() <= tolerance).all(dim=1)
+
+
+def save_grid(x: Tensor, path: str | Path, columns: int = 16, scale: int = 3) -> None:
+    """Write samples [N, 3, H, W] in [-1, 1] as one PNG of whole rows; needs Pillow."""
+    whole = x[:max(len(x) // columns * columns, min(len(x), columns))]
+    images.save(images.grid(list(whole.split(columns)), data_range=(-1, 1), scale=scale, gap=0), path, {})

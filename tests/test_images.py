@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ebmfast import images
+from ebmfast import evaluation, images
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -40,3 +40,12 @@ def test_pictures_are_read_back_at_the_size_that_is_wanted(tmp_path):
     torch.testing.assert_close(images.read(tmp_path / "p.png", (6, 4), (-1, 1)), x[0], rtol=0, atol=1.01 / 255)
     with pytest.raises(ValueError, match="must be 4x4 pixels, as the models' data are, got 6x4"):
         images.read(tmp_path / "p.png", (4, 4), (-1, 1))
+
+
+def test_samples_are_saved_in_whole_rows(tmp_path):
+    evaluation.save_grid(torch.zeros(7, 3, 4, 4), tmp_path / "g.png", columns=3, scale=2)
+    with Image.open(tmp_path / "g.png") as read:
+        assert read.size == (3 * 8, 2 * 8)
+    evaluation.save_grid(torch.zeros(2, 3, 4, 4), tmp_path / "few.png", columns=3, scale=1)
+    with Image.open(tmp_path / "few.png") as read:
+        assert read.size == (2 * 4, 4)
