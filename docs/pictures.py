@@ -1,6 +1,7 @@
 """`python docs/pictures.py`: draws the pictures of docs/*.md (needs matplotlib)."""
 
 import math
+import warnings
 from pathlib import Path
 
 import torch
@@ -34,5 +35,19 @@ def branches() -> None:
     figure.savefig(HERE / "branches.png", dpi=110)
 
 
+def calibration() -> None:
+    """An OR of concepts from two networks, as their energies weigh it and as their densities do."""
+    zoo = ef.zoo.concepts()
+    pair = [zoo["shape"]("cube"), zoo["color"]("red")]
+    _, sampler = ef.zoo.recommended(pair[0])
+    with warnings.catch_warnings():  # where noise is low, a chain stays in its branch, whatever the constants
+        warnings.filterwarnings("ignore", "the branches do not overlap")
+        known = ef.calibrate(pair, (3, 32, 32), sampler=sampler, n=48)
+    titles = ["shape('cube') | color('red'), constants as they are", "calibrated"]
+    rows = [ef.sample(ef.any_of(e), 16, (3, 32, 32), sampler, seed=0, energies=False).x for e in (pair, list(known))]
+    ef.images.save(ef.images.grid(rows, titles, data_range=(-1, 1)), HERE / "calibration.png", {"calibration": str(known)})
+
+
 if __name__ == "__main__":
     branches()
+    calibration()

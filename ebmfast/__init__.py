@@ -8,9 +8,11 @@
 p(x) ∝ exp(-E(x)); `a & b` adds energies, `a | b` is -logsumexp(-E), `~b` subtracts α·E.
 """
 
-from . import diagnostics, energies, ops, zoo
+from . import diagnostics, energies, images, inference, ops, zoo
 from .branches import DrawBranches, log_partition, root_branches
+from .calibration import Calibration, calibrate
 from .composition import (
+    Calibrated,
     Concept,
     Expression,
     Family,
@@ -21,10 +23,12 @@ from .composition import (
     from_json,
     negate,
     with_prior,
+    without,
 )
 from .coupling import CoupledError
 from .driver import StepInfo
 from .expressions import parse
+from .inference import ConditionSamples, Inference, infer
 from .samplers import BAOAB, HMC, MALA, Annealed, DualAveraging, Langevin
 from .sampling import Run, prepare, sample
 from .state import Fault, Interrupted, NonFiniteError, Report, Result, RunawayError, SampleState, Trace, TraceResult
@@ -33,9 +37,10 @@ from .weights import AboveSigma, PiecewiseSigma
 __version__ = "0.1.0"
 
 __all__ = [
-    "BAOAB", "HMC", "MALA", "AboveSigma", "Annealed", "Concept", "CoupledError", "DrawBranches", "DualAveraging",
-    "Expression", "Family", "Fault", "Interrupted", "Langevin", "NonFiniteError", "PiecewiseSigma", "Report", "Result", "Run",
-    "RunawayError", "SampleState", "Slot", "StepInfo", "Trace", "TraceResult", "UngroundedNegationError", "all_of", "any_of",
-    "diagnostics", "energies", "from_json", "log_partition", "negate", "ops", "parse", "prepare", "root_branches", "sample",
-    "with_prior", "zoo",
+    "BAOAB", "HMC", "MALA", "AboveSigma", "Annealed", "Calibrated", "Calibration", "Concept", "ConditionSamples",
+    "CoupledError", "DrawBranches", "DualAveraging", "Expression", "Family", "Fault", "Inference", "Interrupted", "Langevin",
+    "NonFiniteError", "PiecewiseSigma", "Report", "Result", "Run", "RunawayError", "SampleState", "Slot", "StepInfo", "Trace",
+    "TraceResult", "UngroundedNegationError", "all_of", "any_of", "calibrate", "diagnostics", "energies", "from_json",
+    "images", "infer", "inference", "log_partition", "negate", "ops", "parse", "prepare", "root_branches", "sample",
+    "with_prior", "without", "zoo",
 ]

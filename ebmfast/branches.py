@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from . import rng
-from .composition import Concept, Expression, LogSumExp, all_of
+from .composition import Calibrated, Concept, Expression, LogSumExp, all_of
 from .plan import Plan
 from .samplers import MALA
+from .weights import weight_at
 
 STEP = 0xFFFFFFFF  # of the uniform that draws a branch, in the stream of initial states: no chain starts anew there
 
@@ -29,7 +30,7 @@ class DrawBranches:
 
     Args:
         log_z: log Z_i of every branch, up to a common constant, in the order of `root_branches(expr)`: from closed forms,
-            or `log_partition`. None takes them as equal, as the paper does.
+            or `log_partition`. None takes them as equal, as the paper does, and right for branches that are `Calibrated`.
     """
 
     log_z: Sequence[float] | None = None
@@ -48,20 +49,38 @@ def root_branches(expr: Expression) -> tuple[Expression, ...]:
     Raises:
         ValueError: there is none.
     """
+    return _root(expr).children
+
+
+def _root(expr: Expression) -> LogSumExp:
     root = expr.simplified
+    root = root.expression if isinstance(root, Calibrated) else root
     if not isinstance(root, LogSumExp):
         raise ValueError(f'`branches` needs an OR at the root of the composition, and {expr!r} has none there')
-    return root.children
+    return root
+
+
+def _check_constants(branches: Sequence[Expression], draw: DrawBranches) -> None:
+    """Raise unless the constants of all branches are known, or of none."""
+    known = [b for b in branches if isinstance(b, Calibrated)]
+    if not known:
+        return
+    if draw.log_z is not None:
+        raise ValueError("`log_z` is for branches without a constant of their own; these are calibrated")
+    if len(known) < len(branches):
+        raise ValueError(
+            f"`branches` needs the constants of all branches or of none: {len(known)} of {len(branches)} are calibrated")
 
 
 class Branches:
     """The branches of a planned composition, and the draw."""
 
-    def __init__(self, plan: Plan, draw: DrawBranches, options: Mapping):
-        self.expressions = root_branches(plan.expression)
-        self.sharpness = plan.expression.simplified.sharpness
+    def __init__(self, plan: Plan, draw: DrawBranches, options: Mapping, sigma: float | None = None):
+        root = _root(plan.expression)
+        self.expressions, self.sharpness = root.children, root.sharpness
+        _check_constants(self.expressions, draw)
         self.plans = [Plan(e, plan.compute_dtype, **options) for e in self.expressions]
-        logs = plan.expression.simplified.log_weights
+        logs = [weight_at(w, sigma) for w in root.log_weights]
         if draw.log_z is not None and len(draw.log_z) != len(logs):
             raise ValueError(f"`log_z` must have one number for each of {len(logs)} branches, got {len(draw.log_z)}")
         logits = [w + z for w, z in zip(logs, draw.log_z or [0.0] * len(logs))]

@@ -1,4 +1,4 @@
-"""The command line: `ebmfast sample | demo | train | scenes | evaluate | models | doctor`."""
+"""The command line: `ebmfast sample | demo | infer | train | scenes | evaluate | judge | models | doctor`."""
 
 from __future__ import annotations
 
@@ -50,9 +50,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_sample(commands)
     _add_demo(commands)
     _add_models(commands)
+    _add_lazy(commands, "infer", "which concepts explain a picture", "inference_cli")
     _add_lazy(commands, "train", "train one concept on the scene data set", "training.cli")
     _add_lazy(commands, "scenes", "render the scene data set (needs Mitsuba 3)", "scenes.cli")
-    _add_lazy(commands, "evaluate", "measure composition accuracy with the bundled judge", "evaluation")
+    _add_lazy(commands, "evaluate", "the paper's experiments: tables and pictures, by a judge", "experiments.cli")
+    _add_lazy(commands, "judge", "train the network that reads samples in `evaluate`", "experiments.judge_cli")
     doctor = commands.add_parser("doctor", help="versions, backends, and checks that run the kernels")
     doctor.set_defaults(run=_doctor)
     return parser
@@ -61,7 +63,8 @@ def _parser() -> argparse.ArgumentParser:
 def _add_lazy(commands, name: str, about: str, module: str) -> None:
     from importlib import import_module
     part = import_module(f"ebmfast.{module}")
-    parser = commands.add_parser(name, help=about, description=part.__doc__)
+    parser = commands.add_parser(name, help=about, description=part.__doc__, epilog=getattr(part, "EXAMPLES", None),
+                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     part.add_arguments(parser)
     parser.set_defaults(run=part.run)
 
@@ -99,7 +102,7 @@ examples:
     parser.set_defaults(run=_sample)
 
 
-def _models(folders):
+def models_of(folders):
     """All families by name, and their cards: the zoo's, then those of `folders`."""
     families, cards = dict(zoo.concepts()), {name: zoo.card(name) for name in zoo.names()}
     for folder in folders:
@@ -123,7 +126,7 @@ def _sampler(base, args):
 def _sample(args) -> int:
     if args.out.suffix not in (".png", ".safetensors"):
         raise ValueError(f"`--out` must end in .png or .safetensors, got {args.out}")
-    families, cards = _models(args.models)
+    families, cards = models_of(args.models)
     written = parse(args.expression, families)
     expression, base = zoo.recommended(written, cards)
     expression = written if args.no_prior else expression
@@ -183,7 +186,7 @@ def _add_models(commands) -> None:
 
 
 def _list_models(args) -> int:
-    families, cards = _models(args.models)
+    families, cards = models_of(args.models)
     for name, family in families.items():
         about = cards[name]
         labels = ", ".join(f"{name}({label!r})" for label in family.labels)

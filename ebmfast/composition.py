@@ -357,7 +357,7 @@ class LogSumExp(Expression):
     """E = -(1/s) logsumexp(-s Eᵢ + log wᵢ)."""
 
     children: tuple[Expression, ...]
-    log_weights: tuple[float, ...]
+    log_weights: tuple[Weight, ...]
     sharpness: float = 1.0
 
     def __repr__(self):
@@ -367,6 +367,34 @@ class LogSumExp(Expression):
         weights = f", log_weights={list(self.log_weights)}" if any(self.log_weights) else ""
         sharp = f", sharpness={self.sharpness:g}" if self.sharpness != 1.0 else ""
         return f"any_of([{inside}]{weights}{sharp})"
+
+
+@dataclass(frozen=True, repr=False)
+class Calibrated(Expression):
+    """A composition whose constant is known: E'(x) = E(x) + log Z(σ), so that its density is exp(-E').
+
+    In an OR such branches count by their densities; `branches="draw"` and `infer` need no further constants. `calibrate` makes
+    them from models, and closed forms can be written down.
+
+    Args:
+        expression: a whole branch, as it is to be sampled: priors are inside, for they change its constant.
+        log_z: log Z, a number or a schedule over the noise level.
+        relative_to: names the set of branches among which log Z is known up to a common constant; "": log Z is absolute.
+    """
+
+    expression: Expression
+    log_z: Weight
+    relative_to: str = ""
+
+    def __post_init__(self):
+        _expressions([self.expression], "Calibrated")
+        if isinstance(self.expression, Calibrated):
+            raise ValueError(f"{self.expression.expression!r} is calibrated already: take its `expression` to do so anew")
+        object.__setattr__(self, "log_z", as_weight(self.log_z, "log_z"))
+
+    def __repr__(self):
+        relative = f", relative_to={self.relative_to!r}" if self.relative_to else ""
+        return f"Calibrated({self.expression!r}, {self.log_z!r}{relative})"
 
 
 @dataclass(frozen=True, repr=False)
@@ -415,21 +443,24 @@ def all_of(expressions: Iterable[Expression], weights: Sequence | None = None) -
     return Sum(tuple(zip(weights, items)))
 
 
-def any_of(expressions: Iterable[Expression], log_weights: Sequence[float] | None = None,
+def any_of(expressions: Iterable[Expression], log_weights: Sequence | None = None,
            sharpness: float = 1.0) -> Expression:
     """Disjunction: E = -(1/s) logsumexp(-s Eᵢ + log wᵢ); with s = 1 the mixture Σ wᵢ exp(-Eᵢ).
 
     At temperature T the chain is a mixture of the tempered branches only if s·T = 1; with s ≠ 1
     `log_weights` are not mixture weights. Branches count by their unnormalised densities: models trained
-    apart have unknown partition functions, which `log_weights` can balance.
+    apart have unknown partition functions, which `log_weights` (numbers, or schedules over the noise level) can balance, and
+    `calibrate` estimates.
     """
     items = _expressions(expressions, "any_of")
-    logs = [0.0] * len(items) if log_weights is None else [_number(v, "log_weights") for v in log_weights]
+    logs = [0.0] * len(items) if log_weights is None else [as_weight(v, "log_weights") for v in log_weights]
     if len(logs) != len(items):
         raise ValueError(f"`log_weights` must have {len(items)} entries, got {len(logs)}")
     sharpness = _number(sharpness, "sharpness")
     if sharpness <= 0:
         raise ValueError(f"`sharpness` must be positive, got {sharpness}")
+    if len({e.relative_to for e in items if isinstance(e, Calibrated)}) > 1:
+        raise ValueError("any_of needs constants that compare: these branches were calibrated apart; calibrate them in one call")
     return LogSumExp(items, tuple(logs), sharpness)
 
 
@@ -444,6 +475,25 @@ def negate(expression: Expression, alpha=None) -> Expression:
     if lowest(alpha) < 0:
         raise ValueError(f"`alpha` must not be negative, got {alpha}")
     return Sum(((-alpha, expression),))
+
+
+def without(expression: Expression, concept: Expression, prior: Expression, odds: float = 10.0) -> Expression:
+    """Bounded negation: p(x) ∝ p_a(x) / (1 + odds · p_b(x) / p(x)), E = E_a + E_p - (-log(exp(-E_p) + odds · exp(-E_b))).
+
+    `a & ~b` divides by p_b^α, which for ever prefers what is least like b, also in all that b does not speak of. This factor is 1
+    wherever x is not like b, and 1 / odds of p / p_b where it is: only what shows b is pushed away.
+
+    Args:
+        expression: a, what the negation is taken from; `concept`: b.
+        prior: p(x), of b's own model, so that p_b / p is what this model knows about b.
+        odds: how much less likely x becomes where it is as likely under b as without.
+    """
+    expression, concept, prior = _expressions([expression, concept, prior], "without")
+    odds = _number(odds, "odds")
+    if odds <= 0:
+        raise ValueError(f"`odds` must be positive, got {odds}")
+    either = LogSumExp((prior, concept), (0.0, math.log(odds)))
+    return Sum(((1.0, expression), (1.0, prior), (-1.0, either)), expression.step_scale)
 
 
 def with_prior(expression: Expression, prior: Expression, weight=1.0) -> Expression:
@@ -474,6 +524,8 @@ def _children(expression: Expression) -> tuple[Expression, ...]:
             return tuple(e for _, e in terms)
         case LogSumExp(children=children):
             return children
+        case Calibrated(expression=inner):
+            return (inner,)
         case WithPrior(expression=inner, prior=prior):
             return (inner, prior)
     return ()
@@ -492,6 +544,8 @@ def _simplify(expression: Expression) -> Expression:
             return _flat_sum([(w, e.simplified) for w, e in terms], expression.step_scale)
         case LogSumExp(children=children):
             return _flat_or([c.simplified for c in children], expression.log_weights, expression.sharpness)
+        case Calibrated(expression=inner, log_z=log_z, relative_to=relative_to):
+            return Calibrated(inner.simplified, log_z, relative_to)
         case WithPrior(expression=inner, prior=prior, weight=weight):
             return _with_prior(inner.simplified, prior.simplified, weight, expression.step_scale)
     return expression
@@ -509,12 +563,12 @@ def _flat_sum(terms, scale: Weight) -> Expression:
 
 
 def _flat_or(children, log_weights, sharpness: float) -> Expression:
-    merged: dict[Expression, float] = {}
+    merged: dict[Expression, Weight] = {}
     for child, log_weight in zip(children, log_weights):
         same = isinstance(child, LogSumExp) and child.sharpness == sharpness
         for branch, inner in zip(child.children, child.log_weights) if same else ((child, 0.0),):
-            total = log_weight + inner
-            merged[branch] = _logaddexp(merged[branch], total) if branch in merged else total
+            total = add([log_weight, inner])
+            merged[branch] = combine(_logaddexp, merged[branch], total) if branch in merged else total
     if len(merged) == 1 and not any(merged.values()):
         return next(iter(merged))
     return LogSumExp(tuple(merged), tuple(merged.values()), sharpness)
@@ -534,6 +588,10 @@ def _with_prior(expression: Expression, prior: Expression, weight: Weight, scale
             extra = combine(lambda t, w: -(t - 1.0) * w, total, weight)
             inner = [(w, _with_prior(e, prior, weight, e.step_scale)) for w, e in terms]
             return _flat_sum([*inner, (extra, prior)], scale)
+        case Calibrated():
+            raise ValueError(
+                f"a prior changes the constant of {expression!r}, which was calibrated without it: calibrate"
+                " with_prior(branch, prior) instead")
     return expression
 
 
@@ -543,6 +601,8 @@ def _tail_weight(expression: Expression) -> Weight:
             return add([multiply(w, _tail_weight(e)) for w, e in terms])
         case LogSumExp(children=children):
             return combine(min, *map(_tail_weight, children)) if len(children) > 1 else _tail_weight(children[0])
+        case Calibrated(expression=inner):
+            return _tail_weight(inner)
     return 1.0
 
 
@@ -555,6 +615,8 @@ def _step_scale(expression: Expression) -> Weight:
         case LogSumExp(children=children):
             scales = [c.step_scale for c in children]
             return combine(max, *scales) if len(scales) > 1 else scales[0]
+        case Calibrated(expression=inner):
+            return inner.step_scale
         case WithPrior(expression=inner, weight=weight):
             return combine(lambda w, m: w + (1.0 - w) * m, weight, inner.step_scale)
     return 1.0
@@ -572,10 +634,17 @@ def _pack(expression: Expression, index: Mapping[Concept, int]) -> Program:
                 codes.append((Program.SUM, len(terms)))
                 values.extend(w for w, _ in terms)
             case LogSumExp(children=children):
-                for child in children:
-                    visit(child)
+                logs = []
+                for child, log_weight in zip(children, node.log_weights):
+                    known = isinstance(child, Calibrated)
+                    visit(child.expression if known else child)
+                    logs.append(add([log_weight, multiply(-node.sharpness, child.log_z)]) if known else log_weight)
                 codes.append((Program.LOGSUMEXP, len(children)))
-                values.extend((node.sharpness, *node.log_weights))
+                values.extend((node.sharpness, *logs))
+            case Calibrated(expression=inner, log_z=log_z):
+                visit(inner)
+                codes.append((Program.LOGSUMEXP, 1))  # of one energy: E - log w
+                values.extend((1.0, multiply(-1.0, log_z)))
             case _:
                 codes.append((Program.LEAF, index[node]))
 
@@ -598,7 +667,9 @@ def _to_data(expression: Expression) -> dict:
             extra = {} if scale is None else {"scale": to_data(scale)}
             return {"sum": [[to_data(w), _to_data(e)] for w, e in terms], **extra}
         case LogSumExp(children=children, log_weights=logs, sharpness=sharpness):
-            return {"or": [_to_data(c) for c in children], "log_weights": list(logs), "sharpness": sharpness}
+            return {"or": [_to_data(c) for c in children], "log_weights": [to_data(w) for w in logs], "sharpness": sharpness}
+        case Calibrated(expression=inner, log_z=log_z, relative_to=relative_to):
+            return {"calibrated": _to_data(inner), "log_z": to_data(log_z), "relative_to": relative_to}
         case WithPrior(expression=inner, prior=prior, weight=weight):
             return {"with_prior": [_to_data(inner), _to_data(prior)], "weight": to_data(weight)}
     raise TypeError(f"{expression!r} is not an expression")
@@ -637,7 +708,9 @@ def _from_data(data, models) -> Expression:
             scale = from_data(data["scale"]) if "scale" in data else None
             return Sum(tuple((from_data(w), _from_data(e, models)) for w, e in terms), scale)
         case {"or": [*children], "log_weights": [*logs], "sharpness": sharpness}:
-            return any_of([_from_data(c, models) for c in children], logs, sharpness)
+            return any_of([_from_data(c, models) for c in children], [from_data(w) for w in logs], sharpness)
+        case {"calibrated": expression, "log_z": log_z, "relative_to": str(relative_to)}:
+            return Calibrated(_from_data(expression, models), from_data(log_z), relative_to)
         case {"with_prior": [expression, prior], "weight": weight}:
             return with_prior(_from_data(expression, models), _from_data(prior, models), from_data(weight))
     raise ValueError(f"not a composition in JSON: {data!r}")

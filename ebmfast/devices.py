@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import indexed
-from .composition import Concept, Expression, LogSumExp, Sum, WithPrior
+from .composition import Calibrated, Concept, Expression, LogSumExp, Sum, WithPrior
 from .diagnostics import Stream, summarise
 from .driver import Call, Interrupt, by_step
 from .stacking import _HOOKS, _MODULE, _value
@@ -85,6 +85,8 @@ def with_models(expression: Expression, change: Callable) -> Expression:
             return dataclasses.replace(expression, terms=tuple((w, with_models(e, change)) for w, e in terms))
         case LogSumExp(children=children):
             return dataclasses.replace(expression, children=tuple(with_models(e, change) for e in children))
+        case Calibrated():
+            return dataclasses.replace(expression, expression=with_models(expression.expression, change))
         case WithPrior():
             return dataclasses.replace(expression, expression=with_models(expression.expression, change),
                                        prior=with_models(expression.prior, change))

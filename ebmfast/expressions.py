@@ -11,11 +11,11 @@ import ast
 import difflib
 from collections.abc import Iterable, Mapping
 
-from .composition import Concept, Expression, Family, Slot, all_of, any_of, negate, with_prior
+from .composition import Calibrated, Concept, Expression, Family, Slot, all_of, any_of, negate, with_prior, without
 from .weights import AboveSigma, PiecewiseSigma
 
-FUNCTIONS = {"all_of": all_of, "any_of": any_of, "negate": negate, "with_prior": with_prior,
-             "AboveSigma": AboveSigma, "PiecewiseSigma": PiecewiseSigma, "Slot": Slot}
+FUNCTIONS = {"all_of": all_of, "any_of": any_of, "negate": negate, "with_prior": with_prior, "without": without,
+             "AboveSigma": AboveSigma, "PiecewiseSigma": PiecewiseSigma, "Slot": Slot, "Calibrated": Calibrated}
 HINTS = {"and": "&", "or": "|", "not": "~"}
 
 
@@ -27,7 +27,7 @@ def parse(text: str, models: Mapping[str, Family | Concept] | Iterable[Family | 
     """The composition that `text` writes down, over the names in `models`.
 
     Allowed: the names, calls of families with numbers or labels, `.unconditional`, `family[Slot("c")]`, `&`,
-    `|`, `~`, `number * expression`, and all_of, any_of, negate, with_prior, AboveSigma, PiecewiseSigma.
+    `|`, `~`, `number * expression`, and all_of, any_of, negate, with_prior, without, Calibrated, AboveSigma, PiecewiseSigma.
 
     Raises:
         ExpressionError: anything else; unknown names come with near matches.

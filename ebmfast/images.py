@@ -53,3 +53,31 @@ def save(picture, path, metadata: Mapping[str, str]) -> None:
         info.add_itxt(key, value)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     picture.save(path, "PNG", pnginfo=info)
+
+
+RAMP = torch.tensor([[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]]) / 255.0  # dark to bright
+
+
+def heat_map(values: torch.Tensor, low: float | None = None, high: float | None = None) -> torch.Tensor:
+    """Numbers `[rows, columns]` as a picture `[3, rows, columns]` in [0, 1], from dark (`low`, or the least) to bright (`high`)."""
+    if values.ndim != 2 or not torch.isfinite(values).any():
+        raise ValueError(f"`values` must be [rows, columns] with a finite number in it, got {list(values.shape)}")
+    finite = values[torch.isfinite(values)]
+    low = float(finite.min()) if low is None else low
+    high = float(finite.max()) if high is None else high
+    place = ((values.double().clamp(low, high) - low) / max(high - low, 1e-12)).nan_to_num(0.0) * (len(RAMP) - 1)
+    below = place.floor().long().clamp(0, len(RAMP) - 2)
+    share = (place - below)[..., None]
+    return (RAMP[below] * (1 - share) + RAMP[below + 1] * share).permute(2, 0, 1).float()
+
+
+def read(path, size: tuple[int, int], data_range: tuple[float, float]) -> torch.Tensor:
+    """A picture file as `[3, height, width]` in `data_range`; ValueError where it has another size (width, height)."""
+    image, *_ = _pillow()
+    with image.open(path) as file:
+        if file.size != tuple(size):
+            wanted, got = (f"{w}x{h}" for w, h in (size, file.size))
+            raise ValueError(f"{path} must be {wanted} pixels, as the models' data are, got {got}")
+        pixels = torch.frombuffer(bytearray(file.convert("RGB").tobytes()), dtype=torch.uint8)
+    low, high = data_range
+    return pixels.view(size[1], size[0], 3).permute(2, 0, 1).float() / 255 * (high - low) + low

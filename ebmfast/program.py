@@ -18,7 +18,8 @@ class Program:
 
     Each instruction is a pair `(code, operand)`: `LEAF k` pushes E_k; `SUM n` pops n energies and pushes
     Σ wᵢ Eᵢ, reading n values (the weights); `LOGSUMEXP n` pops n and pushes -(1/s) logsumexp(-s Eᵢ + log wᵢ),
-    reading 1 + n values (s, then the log wᵢ). Values are read in the order of the instructions.
+    reading 1 + n values (s, then the log wᵢ). Values are read in the order of the instructions. A LOGSUMEXP of one adds a
+    constant, E - (1/s) log w.
     """
 
     LEAF = 0
@@ -37,7 +38,7 @@ class Program:
     @cached_property
     def has_or(self) -> bool:
         """Whether leaf weights depend on the energies; without an OR they are constants."""
-        return any(code == self.LOGSUMEXP for code, _ in self.codes)
+        return any(code == self.LOGSUMEXP and operand > 1 for code, operand in self.codes)
 
     def live(self, sigma: float | None = None) -> tuple[bool, ...]:
         """Which leaves count at noise level `sigma`: all but those that every path multiplies by 0."""
@@ -61,7 +62,7 @@ class Program:
             if code == self.LEAF:
                 found[operand] |= below[i]
             for c in children:
-                below[c] = below[i] or code == self.LOGSUMEXP
+                below[c] = below[i] or (code == self.LOGSUMEXP and operand > 1)
         return tuple(found)
 
     def constant_weights(self, sigma: float | None = None) -> list[float]:
@@ -138,6 +139,8 @@ class Program:
             elif code == self.SUM:
                 for w, c in zip(values, children):
                     upstream[c] = w * upstream[i]
+            elif operand == 1:
+                upstream[children[0]] = upstream[i]
             else:
                 shares = torch.softmax(self._logits([out[c] for c in children], values), 0)
                 for share, c in zip(shares, children):

@@ -147,7 +147,7 @@ def prepare(expr: Expression, sampler: Sampler | None = None, *, shape=None, ste
             raise ValueError(f'`branches` must be "draw", a DrawBranches or None, got {branches!r}')
         if engine == "chain":
             raise ValueError('`branches` runs in the step engine; leave out engine="chain"')
-        branches, engine = Branches(plan, draw, ways), "step"
+        branches, engine = Branches(plan, draw, ways, levels[-1] if levels else None), "step"
     if on_nonfinite not in ON_NONFINITE:
         raise ValueError(f"`on_nonfinite` must be one of {', '.join(ON_NONFINITE)}, got {on_nonfinite!r}")
     if engine not in ENGINES:

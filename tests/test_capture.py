@@ -69,7 +69,8 @@ def test_samplers(graphs, sampler):
 
 
 @pytest.mark.parametrize("e", [
-    A, A & ~B, A | B, (A & B) | A, ef.any_of([A, B], log_weights=[0.3, -1.0], sharpness=2.0), 0.5 * A & 2.0 * B], ids=repr)
+    A, A & ~B, A | B, (A & B) | A, ef.any_of([A, B], log_weights=[0.3, -1.0], sharpness=2.0), 0.5 * A & 2.0 * B,
+    ef.Calibrated(A, 0.5) | ef.Calibrated(B, -1.0), ef.Calibrated(A & B, 2.0)], ids=repr)
 def test_compositions(graphs, e):
     """A program with an OR has weights that depend on energies: they are recomputed in the graph."""
     (r,), run = both(e)

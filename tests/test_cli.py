@@ -4,10 +4,11 @@ import subprocess
 import sys
 
 import pytest
+import scene_sheet
 import torch
 from safetensors import safe_open
 
-from ebmfast import cli, zoo
+from ebmfast import cli, images, zoo
 
 FEW = ["--n", "2", "--levels", "4", "--steps-per-level", "1", "--quiet"]
 
@@ -119,3 +120,32 @@ def test_python_m_ebmfast_is_the_doctor():
     done = subprocess.run([sys.executable, "-m", "ebmfast"], capture_output=True, text=True, env=os.environ, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "philox" in done.stdout.lower() and "cpu" in done.stdout
+
+
+def test_infer_names_what_a_picture_shows(capsys, tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    data = scene_sheet.load()[slice(0, 2)]
+    paths = [tmp_path / "a.png", tmp_path / "b.png"]
+    for path, x in zip(paths, data.pixels()):
+        images.save(images.grid([x[None]], data_range=(-1, 1), scale=1, gap=0), path, {})
+    shapes = [list(zoo.card("shape")["labels"])[k] for k in data.shape.tolist()]
+    status, text, _ = run(capsys, "infer", *paths, "--concepts", "shape", "--draws", 1)
+    lines = text.splitlines()
+    assert status == 0 and [line.split()[1] for line in lines[1::2]] == shapes and lines[0] == str(paths[0])
+    picture = tmp_path / "map.png"
+    args = ["--concepts", "position", "--grid", 6, "--draws", 1, "--one-scene"]
+    status, text, _ = run(capsys, "infer", paths[0], paths[0], *args, "--json", "--map", picture)
+    answer = json.loads(text[:text.rindex("wrote")])
+    assert status == 0 and answer[0]["pictures"] == [str(paths[0])] * 2
+    found = answer[0]["answers"][0]
+    assert all(abs(a - b) < 0.25 for a, b in zip(found["mean"], data.position[0].tolist()))
+    with image.open(picture) as drawn:
+        assert drawn.text["sigma"] == "0.2" and drawn.size[0] == 2 * (32 * 6 + 2) + 2
+
+
+@pytest.mark.parametrize(("args", "message"), [
+    (["--concepts", "smile"], "`--concepts` must be among"), ([], "must be 32x32 pixels"), (["--draws", "-1"], "must be")])
+def test_infer_says_what_is_wrong(capsys, tmp_path, args, message):
+    images.save(images.grid([torch.zeros(1, 3, 8, 8)], scale=1, gap=0), tmp_path / "p.png", {})
+    status, _, text = run(capsys, "infer", tmp_path / "p.png", *args)
+    assert status == 2 and message in text and text.startswith("ebmfast infer: error: ")

@@ -255,7 +255,7 @@ def test_truth_values_raise():
 @pytest.mark.parametrize(("use", "message"), [
     (lambda: A & 3, "unsupported operand"), (lambda: A * B, "cannot be multiplied"), (lambda: "x" * A, "number"),
     (lambda: True * A, "number"), (lambda: ef.all_of([A, "b"]), "got 'b'"), (lambda: ef.Concept(3), "`model`"),
-    (lambda: ef.any_of([A], log_weights=[ef.AboveSigma(1)]), "must be a number")])
+    (lambda: ef.any_of([A], sharpness=ef.AboveSigma(1)), "must be a number")])
 def test_wrong_types(use, message):
     with pytest.raises(TypeError, match=message):
         use()
@@ -283,3 +283,21 @@ def test_expressions_are_immutable():
         A.name = "other"
     with pytest.raises(AttributeError):
         (A & B).terms = ()
+
+
+def test_bounded_negation_leaves_alone_what_is_not_like_the_concept():
+    """p(x) ∝ p_a / (1 + odds·p_b/p) in one dimension, against the formula; far from b, the density of a."""
+    a, b, prior = gaussian([1.0]), gaussian([-1.0], 25.0), gaussian([0.0], 0.25)
+    e, x = ef.without(a, b, prior, 7.0), torch.linspace(-4, 4, 81, dtype=torch.float64)[:, None]
+    ratio = torch.exp(prior.energy(x) - b.energy(x))
+    torch.testing.assert_close(e.energy(x), a.energy(x) + torch.log1p(7 * ratio))
+    assert float((e.gradient(x) - a.gradient(x))[x[:, 0] > 0.5].abs().max()) < 1e-6
+    assert e.tail_weight == 1.0 and e.step_scale == a.step_scale
+    plain = a & ef.negate(b, 0.3)
+    assert float((plain.gradient(x) - a.gradient(x))[-1].abs()) > 30  # the quotient pushes on, the further away the more
+    models = [a, b, prior]
+    assert ef.from_json(e.to_json(), models) == e
+    assert ef.parse(f"without({a.name}, {b.name}, {prior.name}, 7.0)".replace(a.name, "a").replace(b.name, "b").replace(
+        prior.name, "p"), {"a": a, "b": b, "p": prior}) == e
+    with pytest.raises(ValueError, match="`odds` must be positive"):
+        ef.without(a, b, prior, 0.0)

@@ -42,6 +42,8 @@ PROGRAMS = {
     ),
     "empty sum": Program(((0, 0), (1, 0), (1, 2)), (2.0, 1.0), 1),
     "schedule": Program(((0, 0), (0, 1), (1, 2)), (1.0, AboveSigma(0.5)), 2),
+    "or with a schedule": Program(((0, 0), (0, 1), (2, 2)), (1.0, AboveSigma(0.5, -1.5), 0.3), 2),
+    "constant in a sum": Program(((0, 0), (2, 1), (0, 1), (1, 2)), (1.0, AboveSigma(0.5, 2.0), 1.0, -0.5), 2),
 }
 
 

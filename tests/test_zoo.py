@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ebmfast import Concept, evaluation, negate, zoo
+from ebmfast import Concept, negate, zoo
 from ebmfast.weights import weight_at
 
 FIELDS = {
@@ -145,36 +145,6 @@ def test_own_priors_need_models_that_have_one():
     bare = Concept(lambda x: x.flatten(1).sum(1), name="bare")
     with pytest.raises(ValueError, match="bare belongs to no family"):
         zoo.own_priors(zoo.concepts()["color"]("red") & bare)
-
-
-def test_every_task_builds_a_grounded_expression():
-    families = zoo.concepts()
-    for name, task in evaluation.TASKS.items():
-        settings = evaluation.CHOSEN.get(name, evaluation.Settings())
-        expr = evaluation.expression(task, settings, families)
-        expr.check_grounded([4.0, 0.06])
-        assert set(expr.slots) == {slot for _, slot, _ in task.terms}
-
-
-def test_conditions_are_seeded_and_positions_apart():
-    rows, again = evaluation.draw_conditions(300, 1), evaluation.draw_conditions(300, 1)
-    assert all(torch.equal(rows[k], again[k]) for k in rows)
-    assert not torch.equal(rows["p"], evaluation.draw_conditions(300, 2)["p"])
-    assert not evaluation.near(rows["p"], rows["q"], 0.8).any()
-    assert len(torch.unique(rows["p"], dim=0)) >= 100
-
-
-def test_tally_counts_what_it_should():
-    seen = {"present": torch.tensor([True, True, False, True]), "position": torch.zeros(4, 2),
-            "size": torch.full((4,), 0.5), "shape": torch.zeros(4, dtype=torch.long),
-            "color": torch.tensor([0, 1, 0, 0])}
-    rows = {"p": torch.tensor([[0.0, 0.0], [0.3, -0.4], [0.0, 0.0], [0.0, 0.41]]), "q": torch.ones(4, 2),
-            "c": torch.eye(6)[[0, 0, 0, 0]], "f": torch.eye(3)[[0, 1, 0, 0]], "s": torch.full((4, 1), 0.55)}
-    both = evaluation.tally(evaluation.TASKS["position AND color"], seen, rows)
-    assert both == {"position": 0.5, "color": 0.5, "all": 0.25, "present": 0.75}
-    either = evaluation.tally(evaluation.TASKS["position1 OR position2"], seen, rows)
-    assert either["either"] == 0.5 and either["position2"] == 0.0
-    assert evaluation.marks(seen, rows)["size"].tolist() == [True, True, False, True]
 
 
 def test_the_judge_reads_an_empty_floor():
