@@ -53,10 +53,11 @@ class NoiseConditionalEnergy(nn.Module):
         heads: channels of the bilinear read-outs.
         mean, std: of the data, in its range.
         sigma: (min, max) noise level the network is trained on.
-        center, scale: the condition enters as (condition - center) / scale.
+        center, scale: the condition enters as (condition - center) / scale; numbers, or one for each float.
         harmonics: also feed sin and cos of (pi/2) k times the scaled condition, k = 1..harmonics.
         homography: 9 numbers, row-major; maps (x, y, 1) of a position condition to homogeneous image coordinates
             in [-1, 1]; the network then also gets Gaussian bumps of three widths centred there.
+        place: where in the condition x and y are, for `homography`.
     """
 
     BUMPS = (0.12, 0.3, 0.8)
@@ -71,14 +72,20 @@ class NoiseConditionalEnergy(nn.Module):
         mean: float = 0.0,
         std: float = 0.25,
         sigma: Sequence[float] = (0.06, 4.0),
-        center: float = 0.0,
-        scale: float = 1.0,
+        center: float | Sequence[float] = 0.0,
+        scale: float | Sequence[float] = 1.0,
         harmonics: int = 0,
         homography: Sequence[float] | None = None,
+        place: int = 0,
     ):
         super().__init__()
-        self.condition_dim, self.harmonics = condition_dim, harmonics
-        self.mean, self.std, self.center, self.scale = mean, std, center, scale
+        self.condition_dim, self.harmonics, self.place = condition_dim, harmonics, place
+        self.mean, self.std = mean, std
+        for name, value in (("center", center), ("scale", scale)):
+            if isinstance(value, Sequence):
+                self.register_buffer(name, torch.tensor(value, dtype=torch.float32), persistent=False)
+            else:
+                setattr(self, name, value)
         self.sigma_range = (float(sigma[0]), float(sigma[1]))
         self.homography = None if homography is None else tuple(float(v) for v in homography)
         features = condition_dim * (1 + 2 * harmonics)
@@ -147,7 +154,7 @@ class NoiseConditionalEnergy(nn.Module):
         if self.homography is None:
             return coordinates
         matrix = _matrix(self.homography, x.dtype, x.device)
-        point = F.pad(condition, (0, 1), value=1.0) @ matrix.T
+        point = F.pad(condition[:, self.place:self.place + 2], (0, 1), value=1.0) @ matrix.T
         cu, cv = (point[:, i] / point[:, 2] for i in (0, 1))
         distance = (u - cu[:, None, None]).square() + (v - cv[:, None, None]).square()
         bumps = [torch.exp(-0.5 * distance / w**2) * keep[:, None, None] for w in self.BUMPS]
