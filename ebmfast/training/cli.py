@@ -1,7 +1,8 @@
-"""`ebmfast train`: train one model on rendered scenes by denoising score matching, or go on with it.
+"""`ebmfast train`: train one model on rendered scenes or on faces, or go on with it.
 
-Writes checkpoint, log, grids of samples, weights and card to --out. A run that was stopped goes on with --resume and ends in
-the same bits.
+Score matching (the default) gives a noise-conditional energy for annealed sampling; `--method contrastive` is the paper's
+contrastive divergence with a replay buffer. Writes checkpoint, log, grids of samples, weights and card to --out. A run that was
+stopped goes on with --resume and ends in the same bits.
 """
 from __future__ import annotations
 
@@ -12,24 +13,38 @@ from pathlib import Path
 import torch
 
 from ..models import NoiseConditionalEnergy
-from .concepts import RECIPES
-from .trainer import Frozen, TrainConfig, Trainer, validation_error
+from .concepts import FACES, RECIPES
+from .contrastive_cli import add_contrastive_arguments, train_contrastive
+from .data import TrainingData, frozen_models, read
+from .trainer import TrainConfig, Trainer, validation_error
+
+EXAMPLES = """examples:
+  ebmfast train color
+  ebmfast train objects --resolution 64 --batch 128
+  ebmfast train stage_shape                        after stage_position
+  ebmfast train color --method contrastive --network cubes
+  ebmfast train smiling --celeba CELEBA --resolution 128 --method contrastive --network resnet128
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `ebmfast train`."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = "models:\n" + "\n".join(f"  {r.name:15} {r.about}" for r in RECIPES.values())
-    parser.add_argument("concept", metavar="MODEL", choices=tuple(RECIPES), help="what to train; see below")
+    known = [*RECIPES.values(), *FACES.values()]
+    parser.epilog = "models:\n" + "\n".join(f"  {r.name:15} {r.about}" for r in known) + "\n\n" + EXAMPLES
+    parser.add_argument("concept", metavar="MODEL", choices=(*RECIPES, *FACES), help="what to train; see below")
+    parser.add_argument("--method", choices=("score", "contrastive"), default="score", help="default: score")
     parser.add_argument("--out", default=None, help="folder of checkpoint, log and card (default: runs/MODEL)")
     parser.add_argument("--data", default="data", help="folder of rendered data sets (default: data)")
     parser.add_argument("--scenes", default=None, metavar="NAME", help="another data set; `ebmfast scenes --help` lists them")
+    parser.add_argument("--celeba", default="data/celeba", metavar="DIR",
+                        help="folder of img_align_celeba (or its zip) and list_attr_celeba.txt (default: data/celeba)")
     parser.add_argument("--resolution", type=int, default=32, help="pixels per side (default: 32)")
     parser.add_argument("--frozen", default="runs", metavar="DIR",
                         help="where continual stages find the earlier ones: DIR/MODEL, or the zoo (default: runs)")
     parser.add_argument("--iterations", type=int, default=None, help="default: the model's recipe")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--batch", type=int, default=None, help="default: 32, for contrastive divergence 16")
+    parser.add_argument("--learning-rate", type=float, default=None, help="default: 0.0015, for contrastive divergence 0.0003")
     parser.add_argument("--contrast", type=float, default=0.04, metavar="W",
                         help="weight of the cross-entropy over conditions; 0 trains by score matching alone (default: 0.04)")
     parser.add_argument("--seed", type=int, default=0)
@@ -42,12 +57,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tensorboard", action="store_true", help="also log for TensorBoard, into --out")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    add_contrastive_arguments(parser)
 
 
-def command_of(args: argparse.Namespace, config: TrainConfig) -> str:
+DEFAULTS = {"batch": None, "learning_rate": None, "contrast": 0.04, "resolution": 32, "scenes": None}
+
+
+def command_of(args: argparse.Namespace, config, defaults: dict = DEFAULTS) -> str:
     """The command that retrains these weights, for the card."""
     command = f"ebmfast train {args.concept} --seed {config.seed} --iterations {config.iterations}"
-    defaults = {"batch": 32, "learning_rate": 1.5e-3, "contrast": 0.04, "resolution": 32, "scenes": None}
     for name, default in defaults.items():
         if getattr(args, name) != default:
             command += f" --{name.replace('_', '-')} {getattr(args, name)}"
@@ -68,62 +86,47 @@ def bf16_helps(device: torch.device) -> bool:
     return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
 
 
-def frozen_models(recipe, data, folder: str | Path, device) -> list[Frozen]:
-    """The models a stage builds on, from `folder`/NAME or the zoo, under the labels of `data`."""
-    from .. import zoo
-
-    found = []
-    for name in recipe.frozen:
-        place = Path(folder) / name
-        model = zoo.load_from(place, name) if (place / f"{name}.json").exists() else zoo.load(name)
-        found.append(Frozen(name, model.to(device), data.condition(RECIPES[name].concept)))
-    return found
-
-
-def _labels(data, concept: str):
-    """Conditions, and how many of them hold in each picture where there are several."""
-    from ..scenes import ObjectsData
-
-    return (data.position, data.count) if isinstance(data, ObjectsData) else (data.condition(concept), None)
-
-
 def run(args: argparse.Namespace) -> int:
-    """Train, report the error on the test set, and write weights and card to --out."""
-    from .. import scenes
+    """Train, report what the test set says, and write weights and card to --out."""
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    device, data = device_of(args.device), read(args)
+    bf16 = bf16_helps(device) if args.bf16 is None else args.bf16
+    out = Path(args.out or f"runs/{args.concept}" + ("" if args.method == "score" else "-contrastive"))
+    (train_contrastive if args.method == "contrastive" else train_score)(args, data, device, bf16, out)
+    return 0
+
+
+def train_score(args: argparse.Namespace, data: TrainingData, device: torch.device, bf16: bool, out: Path) -> None:
+    """Denoising score matching."""
     from .card import stored, write_card
     from .pictures import grid_writer
 
-    torch.set_num_threads(args.threads)
-    device, out = device_of(args.device), Path(args.out or f"runs/{args.concept}")
-    source = scenes.named(args.scenes or RECIPES[args.concept].data, args.resolution)
-    recipe = RECIPES[args.concept].at(args.resolution, source.palette)
-    data = scenes.load(source, args.data).with_object()
-    conditions, counts = _labels(data, recipe.concept or recipe.name)
-    mean, std = (round(float(v), 3) for v in (data.pixels().mean(), data.pixels().std()))
-    network = {"mean": mean, "std": std, "condition_dim": recipe.condition_dim, **recipe.network}
+    recipe = data.recipe
+    network = {"mean": data.mean, "std": data.std, "condition_dim": recipe.condition_dim, **recipe.network}
     config = TrainConfig(
-        iterations=args.iterations or recipe.iterations, batch=args.batch, learning_rate=args.learning_rate,
-        seed=args.seed, labels=bool(recipe.labels), contrast_weight=args.contrast,
-        bf16=bf16_helps(device) if args.bf16 is None else args.bf16,
-    )
-    torch.manual_seed(args.seed)
+        iterations=args.iterations or recipe.iterations, batch=args.batch or 32, learning_rate=args.learning_rate or 1.5e-3,
+        seed=args.seed, labels=bool(recipe.labels), contrast_weight=args.contrast, bf16=bf16)
     model = NoiseConditionalEnergy(**network).to(device)
-    pictures = grid_writer(conditions if counts is None else conditions[:, 0], args.resolution) if args.pictures_every else None
-    trainer = Trainer(model, data.images, conditions, config, out, counts, frozen_models(recipe, data, args.frozen, device),
+    pictures = grid_writer(data.shown, args.resolution, noise_levels=True) if args.pictures_every else None
+    frozen = frozen_models(recipe, data.labels, args.frozen, device)
+    trainer = Trainer(model, data.images, data.conditions, config, out, data.counts, frozen,
                       pictures=pictures, pictures_every=args.pictures_every, tensorboard=args.tensorboard)
+    weights = go(trainer, args)
+    model.load_state_dict(stored(weights), strict=False)
+    test, labels, condition = data.test()
+    plain = dataclasses.replace(config.levels, focus=0.0)
+    frozen = frozen_models(recipe, labels, args.frozen, "cpu")
+    error = validation_error(model.cpu(), test, condition, plain, frozen=frozen)
+    path = write_card(out, recipe, network, config, weights, command_of(args, config), trainer.seconds / 60,
+                      {"test_error": round(error, 4)}, args.resolution, data.about)
+    print(f"{path}: test error {error:.4f} after {config.iterations} iterations, {trainer.seconds / 60:.1f} minutes")
+
+
+def go(trainer, args: argparse.Namespace) -> dict:
+    """Run a trainer from the start, or from its checkpoint with --resume."""
     if args.resume:
         print(f"resumed at iteration {trainer.iteration}" if trainer.resume() else "no checkpoint, starting afresh")
     elif trainer.checkpoint.exists():
-        raise SystemExit(f"{trainer.checkpoint} exists; pass --resume to go on with it, or another --out")
-    weights = trainer.run(progress=not args.quiet)
-    model.load_state_dict(stored(weights), strict=False)
-    test = scenes.load(scenes.named(recipe.test, args.resolution), args.data).with_object()
-    test = test.pick() if counts is not None else test
-    plain = dataclasses.replace(config.levels, focus=0.0)
-    error = validation_error(model.cpu(), test.images, test.condition(recipe.concept or recipe.name), plain,
-                             frozen=frozen_models(recipe, test, args.frozen, "cpu"))
-    about = f"{len(data)} pictures of {args.resolution}x{args.resolution}: {scenes.command_of(source, 'data')}"
-    path = write_card(out, recipe, network, config, weights, command_of(args, config), trainer.seconds / 60,
-                      {"test_error": round(error, 4)}, args.resolution, about)
-    print(f"{path}: test error {error:.4f} after {config.iterations} iterations, {trainer.seconds / 60:.1f} minutes")
-    return 0
+        raise ValueError(f"{trainer.checkpoint} exists; pass --resume to go on with it, or another --out")
+    return trainer.run(progress=not args.quiet)

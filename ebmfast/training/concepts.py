@@ -98,3 +98,12 @@ RECIPES = {r.name: r for r in (
         "stage_color", len(COLORS), 4000, labels=tuple(COLORS), concept="color", data="colors", test="pairs-test",
         frozen=("stage_position", "stage_shape"), prior_above=0.0, about="stage 3: colours, stages 1 and 2 frozen"),
 )}
+
+FACES = {r.name: r for r in (
+    ConceptRecipe(name, 2, 30_000, labels=(f"not_{name}", name), concept=attribute, data="celeba", test="celeba", about=about)
+    for name, attribute, about in (
+        ("smiling", "Smiling", "faces: CelebA's Smiling"), ("male", "Male", "faces: CelebA's Male"),
+        ("old", "Young", "faces: not CelebA's Young"), ("wavy_hair", "Wavy_Hair", "faces: CelebA's Wavy_Hair"),
+        ("black_hair", "Black_Hair", "faces: CelebA's Black_Hair"), ("attractive", "Attractive", "faces: CelebA's Attractive"),
+        ("eyeglasses", "Eyeglasses", "faces: CelebA's Eyeglasses"), ("beard", "No_Beard", "faces: not CelebA's No_Beard"))
+)}

@@ -33,6 +33,11 @@ def card(name: str) -> dict:
     return json.loads(path.read_text())
 
 
+def card_from(folder: str | Path, name: str) -> dict:
+    """The card of a model in any folder, as `ebmfast train` writes it."""
+    return json.loads((Path(folder) / f"{name}.json").read_text())
+
+
 @functools.cache
 def load(name: str) -> nn.Module:
     """The network of one model with its weights, in eval mode, frozen, on the CPU; one object per process.
@@ -47,7 +52,7 @@ def load_from(folder: str | Path, name: str) -> nn.Module:
     from safetensors.torch import load as read
 
     folder = Path(folder)
-    about = json.loads((folder / f"{name}.json").read_text())
+    about = card_from(folder, name)
     data = (folder / f"{name}.safetensors").read_bytes()
     digest = hashlib.sha256(data).hexdigest()
     if digest != about["sha256"]:
