@@ -63,7 +63,7 @@ def test_frozen_energies_take_part_in_the_negatives(tmp_path):
     trainer = ContrastiveTrainer(Pull(40.0), images, conditions, config, tmp_path, [Frozen("old", old, conditions)])
     means = trainer.run()["mean"]
     # the sum of two pulls of equal strength rests half-way between their means
-    assert ((means + 0.5) / 2).tolist() == pytest.approx([60 / 255, 190 / 255], abs=0.03)
+    assert ((means + 0.5) / 2).tolist() == pytest.approx([60 / 255, 190 / 255], abs=0.05)
 
 
 def test_a_resumed_run_gives_the_same_bits(tmp_path):
