@@ -1,4 +1,4 @@
-"""The command line: `ebmfast sample | demo | train | scenes | evaluate | models | doctor`."""
+"""The command line: `ebmfast sample | demo | train | scenes | faces | evaluate | models | doctor`."""
 
 from __future__ import annotations
 
@@ -50,8 +50,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_sample(commands)
     _add_demo(commands)
     _add_models(commands)
-    _add_lazy(commands, "train", "train one concept on the scene data set", "training.cli")
-    _add_lazy(commands, "scenes", "render the scene data set (needs Mitsuba 3)", "scenes.cli")
+    _add_lazy(commands, "train", "train a model on rendered scenes or on faces", "training.cli")
+    _add_lazy(commands, "scenes", "render data sets of scenes (needs Mitsuba 3)", "scenes.cli")
+    _add_lazy(commands, "faces", "CelebA's files, schematic faces in their layout, composed faces", "faces.cli")
     _add_lazy(commands, "evaluate", "measure composition accuracy with the bundled judge", "evaluation")
     doctor = commands.add_parser("doctor", help="versions, backends, and checks that run the kernels")
     doctor.set_defaults(run=_doctor)

@@ -13,7 +13,7 @@ SAMPLING = {"levels": 16, "sigma_max": 4.0, "sigma_min": 0.06, "steps_per_level"
             "prior_above": 0.15}
 NEGATION_ALPHA = 0.3
 CONTRASTIVE_ALPHA = 0.01
-SINGLE = ("position", "color", "shape", "size")
+EXPERIMENTS = ("objects", "joint", "stage_position", "stage_shape", "stage_color")
 
 
 def sha256(path: str | Path) -> str:
@@ -32,7 +32,7 @@ def write_card(folder: Path, recipe, network: dict, config, weights: dict, comma
     low, high = config.levels.low, config.levels.high
     card = {
         "name": recipe.name,
-        "kind": "noise-conditional energy" if not recipe.frozen and recipe.name in SINGLE else "experiment",
+        "kind": "experiment" if recipe.name in EXPERIMENTS else "noise-conditional energy",
         "about": recipe.about,
         "training": "hybrid: score matching and cross-entropy" if config.contrast_weight else "score matching",
         "frozen": list(recipe.frozen),

@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_contrastive_arguments(parser)
 
 
-DEFAULTS = {"batch": None, "learning_rate": None, "contrast": 0.04, "resolution": 32, "scenes": None}
+DEFAULTS = {"batch": None, "learning_rate": None, "contrast": 0.04, "resolution": 32, "scenes": None, "celeba": "data/celeba"}
 
 
 def command_of(args: argparse.Namespace, config, defaults: dict = DEFAULTS) -> str:

@@ -17,7 +17,8 @@ _FOLDER = Path(__file__).parent
 
 
 def names(kind: str = "noise-conditional energy") -> list[str]:
-    """Names of the bundled models of one kind ("noise-conditional energy" or "judge"), sorted."""
+    """Names of the bundled models of one kind, sorted: "noise-conditional energy" (what expressions name), "experiment"
+    (models of one experiment each: several objects, continual stages, the joint one) or "judge"."""
     return sorted(p.stem for p in _FOLDER.glob("*.json") if json.loads(p.read_text())["kind"] == kind)
 
 
@@ -144,4 +145,4 @@ def recommended(expression, about: dict | None = None):
 
 
 def _card_or_none(name: str) -> dict | None:
-    return card(name) if name in names() else None
+    return card(name) if name in (*names(), *names("experiment")) else None
