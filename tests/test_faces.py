@@ -15,7 +15,8 @@ from ebmfast.faces.figure import NESTED, compose, concepts_of, load
 from ebmfast.training.concepts import FACES
 
 Image = pytest.importorskip("PIL.Image")
-PLAIN = faces.Face(smiling=False, male=False, young=True, wavy=False, glasses=False, beard=False, hair="Black_Hair", attractive=False)
+PLAIN = faces.Face(smiling=False, male=False, young=True, wavy=False, glasses=False, beard=False, hair="Black_Hair",
+                   attractive=False)
 
 
 def write_celeba(folder, rows=((1, -1), (-1, -1), (1, 1)), names=("Smiling", "Young"), size=(12, 20)):

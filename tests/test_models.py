@@ -127,7 +127,8 @@ def test_resnet128_has_the_papers_size_and_shape():
     # 3x3 convolutions: stem, then two and a bypass where channels change, for 64, 128, 256, 512, 512, 512 channels
     wanted = 9 * (3 * 64 + 2 * 64**2 + (64 * 128 * 2 + 128**2) + (128 * 256 * 2 + 256**2) + (256 * 512 * 2 + 512**2) + 4 * 512**2)
     assert convolutions == wanted
-    conditions = sum(2 * (c_in + 2 * c_out) + c_out for c_in, c_out in ((64, 64), (64, 128), (128, 256), (256, 512), (512, 512), (512, 512)))
+    widths = (64, 64, 128, 256, 512, 512, 512)
+    conditions = sum(2 * (c_in + 2 * c_out) + c_out for c_in, c_out in zip(widths, widths[1:]))
     assert sum(p.numel() for p in model.parameters()) == wanted + conditions + 512 + 1
     assert round(wanted / 1e6, 1) == 15.7
     assert model.blocks[0].leaky and not any(block.leaky for block in model.blocks[1:])

@@ -56,8 +56,8 @@ def compose(models: dict[str, tuple], expressions: Sequence[str], n: int = 8, st
             raise ValueError(f"{text!r} mixes models with and without noise levels")
         shape = tuple(cards[0]["shape"])
         if cards[0]["sigma"] is None:
-            settings = cards[0]["sampling"]
-            share = settings["drift"] / max(1.0, float(expression.step_scale))
+            settings = cards[0]["schedule"]
+            share = settings["step"] / max(1.0, float(expression.step_scale))
             sampler = Langevin.reference_code(share, settings["noise"], grad_clip_value=settings["gradient_clip"])
             x = sample(expression, n, shape, sampler, steps, seed, energies=False).x
         else:

@@ -1,8 +1,8 @@
 """`ebmfast train`: train one model on rendered scenes or on faces, or go on with it.
 
 Score matching (the default) gives a noise-conditional energy for annealed sampling; `--method contrastive` is the paper's
-contrastive divergence with a replay buffer. Writes checkpoint, log, grids of samples, weights and card to --out. A run that was
-stopped goes on with --resume and ends in the same bits.
+contrastive divergence with a replay buffer. Weights and card go to --out; checkpoint, log and grids of samples to a folder in
+it. A run that was stopped goes on with --resume and ends in the same bits.
 """
 from __future__ import annotations
 
@@ -31,17 +31,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `ebmfast train`."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     known = [*RECIPES.values(), *FACES.values()]
-    parser.epilog = "models:\n" + "\n".join(f"  {r.name:15} {r.about}" for r in known) + "\n\n" + EXAMPLES
+    lines = "\n".join(f"  {r.name:15} {r.group:10} {r.about}" for r in known)
+    parser.epilog = f"models:\n  {'MODEL':15} {'GROUP':10}\n{lines}\n\n{EXAMPLES}"
     parser.add_argument("concept", metavar="MODEL", choices=(*RECIPES, *FACES), help="what to train; see below")
     parser.add_argument("--method", choices=("score", "contrastive"), default="score", help="default: score")
-    parser.add_argument("--out", default=None, help="folder of checkpoint, log and card (default: runs/MODEL)")
+    parser.add_argument("--out", default=None, help="folder of card and weights, all else in OUT/MODEL.run (default: runs/GROUP)")
     parser.add_argument("--data", default="data", help="folder of rendered data sets (default: data)")
     parser.add_argument("--scenes", default=None, metavar="NAME", help="another data set; `ebmfast scenes --help` lists them")
     parser.add_argument("--celeba", default="data/celeba", metavar="DIR",
                         help="folder of img_align_celeba (or its zip) and list_attr_celeba.txt (default: data/celeba)")
     parser.add_argument("--resolution", type=int, default=32, help="pixels per side (default: 32)")
-    parser.add_argument("--frozen", default="runs", metavar="DIR",
-                        help="where continual stages find the earlier ones: DIR/MODEL, or the zoo (default: runs)")
+    parser.add_argument("--frozen", default=None, metavar="DIR",
+                        help="where continual stages find the earlier ones (default: runs/continual, else the bundled ones)")
     parser.add_argument("--iterations", type=int, default=None, help="default: the model's recipe")
     parser.add_argument("--batch", type=int, default=None, help="default: 32, for contrastive divergence 16")
     parser.add_argument("--learning-rate", type=float, default=None, help="default: 0.0015, for contrastive divergence 0.0003")
@@ -92,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     torch.manual_seed(args.seed)
     device, data = device_of(args.device), read(args)
     bf16 = bf16_helps(device) if args.bf16 is None else args.bf16
-    out = Path(args.out or f"runs/{args.concept}" + ("" if args.method == "score" else "-contrastive"))
+    out = Path(args.out or f"runs/{data.recipe.group}" + ("" if args.method == "score" else "-contrastive"))
     (train_contrastive if args.method == "contrastive" else train_score)(args, data, device, bf16, out)
     return 0
 
@@ -110,7 +111,7 @@ def train_score(args: argparse.Namespace, data: TrainingData, device: torch.devi
     model = NoiseConditionalEnergy(**network).to(device)
     pictures = grid_writer(data.shown, args.resolution, noise_levels=True) if args.pictures_every else None
     frozen = frozen_models(recipe, data.labels, args.frozen, device)
-    trainer = Trainer(model, data.images, data.conditions, config, out, data.counts, frozen,
+    trainer = Trainer(model, data.images, data.conditions, config, out / f"{recipe.name}.run", data.counts, frozen,
                       pictures=pictures, pictures_every=args.pictures_every, tensorboard=args.tensorboard)
     weights = go(trainer, args)
     model.load_state_dict(stored(weights), strict=False)
@@ -119,7 +120,7 @@ def train_score(args: argparse.Namespace, data: TrainingData, device: torch.devi
     frozen = frozen_models(recipe, labels, args.frozen, "cpu")
     error = validation_error(model.cpu(), test, condition, plain, frozen=frozen)
     path = write_card(out, recipe, network, config, weights, command_of(args, config), trainer.seconds / 60,
-                      {"test_error": round(error, 4)}, args.resolution, data.about)
+                      {"test_error": round(error, 4)}, args.resolution, data.about, data.held_out)
     print(f"{path}: test error {error:.4f} after {config.iterations} iterations, {trainer.seconds / 60:.1f} minutes")
 
 

@@ -30,8 +30,9 @@ def camera_homography(height: float = 0.5) -> list[float]:
 class ConceptRecipe:
     """What one model learns, from which data, with which network and for how long.
 
-    `labels` maps names to one-hot places; `concept` names the condition in the data; `frozen` models take part in the energy
-    that is trained, as E(x | c) - E(x), each under its own concept's labels of the same pictures.
+    `name` is what `ebmfast train` calls it, `concept` what expressions and files call it and the data its condition; `group` is
+    the folder of the models that are composed with it. `labels` maps names to one-hot places. `frozen` models of the group take
+    part in the energy that is trained, as E(x | c) - E(x), each under its own labels of the same pictures.
     """
 
     name: str
@@ -41,11 +42,15 @@ class ConceptRecipe:
     ranges: tuple[tuple[float, float], ...] = ()
     network: dict = field(default_factory=dict)
     concept: str = ""
+    group: str = "pairs"
     data: str = "pairs"
     test: str = "pairs-test"
     frozen: tuple[str, ...] = ()
     prior_above: float = 0.15
     about: str = ""
+
+    def __post_init__(self):
+        object.__setattr__(self, "concept", self.concept or self.name)
 
     def at(self, resolution: int, palette: int = 6) -> ConceptRecipe:
         """The recipe for pictures of another size or palette: one more scale from 64 pixels on, more colours."""
@@ -82,28 +87,29 @@ RECIPES = {r.name: r for r in (
     ConceptRecipe("shape", len(SHAPES), 7000, labels=SHAPES, network=WIDE, about="cube, sphere or cylinder"),
     ConceptRecipe("size", 1, 6000, ranges=(SIZE_RANGE,), network=WIDE | SIZES, about="how large"),
     ConceptRecipe(
-        "objects", 2, 6000, ranges=(UNIT, UNIT), network=WIDE | PLACE, concept="position", data="objects", test="objects-test",
-        about="where one of one to three objects is"),
+        "objects", 2, 6000, ranges=(UNIT, UNIT), network=WIDE | PLACE, concept="position", group="objects", data="objects",
+        test="objects-test", about="where one of one to three objects is"),
     ConceptRecipe(
         "joint", SHAPES_AND_COLORS + 3, 7000, ranges=(*((0.0, 1.0),) * SHAPES_AND_COLORS, UNIT, UNIT, SIZE_RANGE), network=JOINT,
-        about="one model under shape, color, position and size together: what compositions are compared with"),
+        group="joint", about="one model under shape, color, position and size together: what compositions are compared with"),
     ConceptRecipe(
-        "stage_position", 2, 3500, ranges=(UNIT, UNIT), network=PLACE, concept="position", data="purple-cubes",
-        test="purple-cubes-test", prior_above=0.0, about="continual learning, stage 1: positions of purple cubes"),
+        "stage_position", 2, 3500, ranges=(UNIT, UNIT), network=PLACE, concept="position", group="continual",
+        data="purple-cubes", test="purple-cubes-test", prior_above=0.0,
+        about="continual learning, stage 1: positions of purple cubes"),
     ConceptRecipe(
-        "stage_shape", len(SHAPES), 4000, labels=SHAPES, network=WIDE, concept="shape", data="purple-shapes",
-        test="purple-shapes-test", frozen=("stage_position",), prior_above=0.0,
+        "stage_shape", len(SHAPES), 4000, labels=SHAPES, network=WIDE, concept="shape", group="continual",
+        data="purple-shapes", test="purple-shapes-test", frozen=("position",), prior_above=0.0,
         about="stage 2: shapes of purple objects, stage 1 frozen"),
     ConceptRecipe(
-        "stage_color", len(COLORS), 4000, labels=tuple(COLORS), concept="color", data="colors", test="pairs-test",
-        frozen=("stage_position", "stage_shape"), prior_above=0.0, about="stage 3: colours, stages 1 and 2 frozen"),
+        "stage_color", len(COLORS), 4000, labels=tuple(COLORS), concept="color", group="continual", data="colors",
+        test="pairs-test", frozen=("position", "shape"), prior_above=0.0, about="stage 3: colours, stages 1 and 2 frozen"),
 )}
 
 FACES = {r.name: r for r in (
-    ConceptRecipe(name, 2, 30_000, labels=(f"not_{name}", name), concept=attribute, data="celeba", test="celeba", about=about)
-    for name, attribute, about in (
-        ("smiling", "Smiling", "faces: CelebA's Smiling"), ("male", "Male", "faces: CelebA's Male"),
-        ("old", "Young", "faces: not CelebA's Young"), ("wavy_hair", "Wavy_Hair", "faces: CelebA's Wavy_Hair"),
-        ("black_hair", "Black_Hair", "faces: CelebA's Black_Hair"), ("attractive", "Attractive", "faces: CelebA's Attractive"),
-        ("eyeglasses", "Eyeglasses", "faces: CelebA's Eyeglasses"), ("beard", "No_Beard", "faces: not CelebA's No_Beard"))
+    ConceptRecipe(name, 2, 30_000, labels=(f"not_{name}", name), group="faces", data="celeba", test="celeba", about=about)
+    for name, about in (
+        ("smiling", "faces: CelebA's Smiling"), ("male", "faces: CelebA's Male"),
+        ("old", "faces: not CelebA's Young"), ("wavy_hair", "faces: CelebA's Wavy_Hair"),
+        ("black_hair", "faces: CelebA's Black_Hair"), ("attractive", "faces: CelebA's Attractive"),
+        ("eyeglasses", "faces: CelebA's Eyeglasses"), ("beard", "faces: not CelebA's No_Beard"))
 )}

@@ -41,8 +41,8 @@ def _model(args: argparse.Namespace, data: TrainingData) -> tuple[torch.nn.Modul
     from .. import zoo
 
     at_zoo = args.start_from == "zoo"
-    about = zoo.card(args.concept) if at_zoo else zoo.card_from(args.start_from, args.concept)
-    start = zoo.load(args.concept) if at_zoo else zoo.load_from(args.start_from, args.concept)
+    about = zoo.card(args.concept) if at_zoo else zoo.card_from(args.start_from, data.recipe.concept)
+    start = zoo.load(args.concept) if at_zoo else zoo.load_from(args.start_from, data.recipe.concept)
     options = {"sigma": args.level, **about["architecture"]["arguments"]}
     model = models.AtNoiseLevel(**options)
     model.network.load_state_dict(start.state_dict())
@@ -64,7 +64,8 @@ def train_contrastive(args: argparse.Namespace, data: TrainingData, device: torc
         noise=args.noise, gradient_clip=args.gradient_clip, squares=args.squares, smoothing=args.smoothing, max_gap=args.max_gap,
         bf16=bf16)
     pictures = grid_writer(data.shown, args.resolution, noise_levels=False) if args.pictures_every else None
-    trainer = ContrastiveTrainer(model.to(device), data.images, data.conditions, config, out,
+    trainer = ContrastiveTrainer(model.to(device), data.images, data.conditions, config,
+                                 out / f"{data.recipe.name}.run",
                                  frozen_models(data.recipe, data.labels, args.frozen, device), pictures=pictures,
                                  pictures_every=args.pictures_every, tensorboard=args.tensorboard)
     go(trainer, args)
@@ -72,6 +73,6 @@ def train_contrastive(args: argparse.Namespace, data: TrainingData, device: torc
     options = {"method": "score", "network": "cubes", "width": 64, "start_from": None, "level": 0.2, "steps": 40, "drift": 100.0,
                "noise": 0.001, "gradient_clip": None, "squares": 1.0, "smoothing": 0.0, "max_gap": 20.0}
     path = write_contrastive_card(out, data.recipe, architecture, config, averaged, command_of(args, config, DEFAULTS | options),
-                                  trainer.seconds / 60, args.resolution, data.about, started_from=args.start_from)
+                                  trainer.seconds / 60, args.resolution, data.about, args.start_from, data.held_out)
     last = trainer.figures(trainer._recent[-config.log_every:])
     print(f"{path}: {config.iterations} iterations, {trainer.seconds / 60:.1f} minutes, energy gap {last['gap']:.4g}")

@@ -27,6 +27,7 @@ class TrainingData:
     about: str
     mean: float
     std: float
+    held_out: tuple = ()
 
     @property
     def shown(self) -> Tensor:
@@ -47,7 +48,7 @@ def scenes(args: argparse.Namespace) -> TrainingData:
     recipe = RECIPES[args.concept].at(args.resolution, source.palette)
     data = sets.load(source, args.data).with_object()
     several = isinstance(data, sets.ObjectsData)
-    concept = recipe.concept or recipe.name
+    concept = recipe.concept
     conditions, counts = (data.position, data.count) if several else (data.condition(concept), None)
 
     def test():
@@ -57,7 +58,7 @@ def scenes(args: argparse.Namespace) -> TrainingData:
 
     mean, std = moments(data.images)
     about = f"{len(data)} pictures of {args.resolution}x{args.resolution}: {sets.command_of(source, 'data')}"
-    return TrainingData(recipe, data.images, conditions, counts, data, test, about, mean, std)
+    return TrainingData(recipe, data.images, conditions, counts, data, test, about, mean, std, source.held_out)
 
 
 def faces(args: argparse.Namespace) -> TrainingData:
@@ -83,13 +84,16 @@ def moments(images: Tensor) -> tuple[float, float]:
     return round(float(pixels.mean()), 3), round(float(pixels.std()), 3)
 
 
-def frozen_models(recipe: ConceptRecipe, labels, folder: str | Path, device: torch.device | str) -> list[Frozen]:
-    """The models a stage builds on, from `folder`/NAME or the zoo, under the labels of the data."""
+def frozen_models(recipe: ConceptRecipe, labels, folder: str | Path | None, device: torch.device | str) -> list[Frozen]:
+    """The models a stage builds on, from `folder` or the bundled ones of its group, under the labels of the data."""
     from .. import zoo
 
     found = []
     for name in recipe.frozen:
-        place = Path(folder) / name
-        model = zoo.load_from(place, name) if (place / f"{name}.json").exists() else zoo.load(name)
-        found.append(Frozen(name, model.to(device), labels.condition(RECIPES[name].concept)))
+        place = Path(folder or f"runs/{recipe.group}")
+        place = place if (place / f"{name}.json").exists() else zoo.folder(recipe.group)
+        if not (place / f"{name}.json").exists():
+            raise FileNotFoundError(f"{recipe.name} builds on {name}.json of an earlier stage, which is not in {folder}: "
+                                    f"train that one first, or say where it is with --frozen")
+        found.append(Frozen(name, zoo.load_from(place, name).to(device), labels.condition(name)))
     return found

@@ -17,8 +17,7 @@ _FOLDER = Path(__file__).parent
 
 
 def names(kind: str = "noise-conditional energy") -> list[str]:
-    """Names of the bundled models of one kind, sorted: "noise-conditional energy" (what expressions name), "experiment"
-    (models of one experiment each: several objects, continual stages, the joint one) or "judge"."""
+    """Names of the bundled models of one kind ("noise-conditional energy", "judge" or "counter"), sorted."""
     return sorted(p.stem for p in _FOLDER.glob("*.json") if json.loads(p.read_text())["kind"] == kind)
 
 
@@ -32,6 +31,11 @@ def card(name: str) -> dict:
         known = sorted(p.stem for p in _FOLDER.glob("*.json"))
         raise ValueError(f"no model named {name!r} in the zoo; there are {', '.join(known)}")
     return json.loads(path.read_text())
+
+
+def folder(group: str | None = None) -> Path:
+    """Where the bundled models lie; `group` "objects", "continual", "pairs" or "joint" are models of one experiment each."""
+    return _FOLDER / group if group else _FOLDER
 
 
 def card_from(folder: str | Path, name: str) -> dict:
@@ -145,4 +149,4 @@ def recommended(expression, about: dict | None = None):
 
 
 def _card_or_none(name: str) -> dict | None:
-    return card(name) if name in (*names(), *names("experiment")) else None
+    return card(name) if name in names() else None
