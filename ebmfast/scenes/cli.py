@@ -41,8 +41,8 @@ def parse_config(text: str) -> SceneConfig:
     if unknown:
         raise ValueError(f"--config has no field {unknown[0]!r}; there are {', '.join(SceneConfig.__dataclass_fields__)}")
 
-    def frozen(value):
-        return tuple(map(frozen, value)) if isinstance(value, list) else value
+    def frozen(value):  # JSON tells 1 from 1.0, digests should not
+        return tuple(float(v) if type(v) is int else frozen(v) for v in value) if isinstance(value, list) else value
 
     return SceneConfig(**{k: frozen(v) for k, v in given.items()})
 

@@ -50,8 +50,8 @@ class ContrastiveConfig:
     max_gap: float = 20.0
     bf16: bool = False
     channels_last: bool = True
-    checkpoint_every: int = 250
-    log_every: int = 50
+    checkpoint_every: int = 50
+    log_every: int = 10
 
     def rate(self, iteration: int) -> float:
         """Learning rate at an iteration: constant after a linear warm-up."""
