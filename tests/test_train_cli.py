@@ -27,27 +27,34 @@ def one_thread():
 
 @pytest.fixture
 def data(tmp_path, monkeypatch):
-    """All sets, shrunk to a few pictures of noise with labels that each set allows."""
+    """All sets, shrunk to a few pictures of noise with labels that each set allows; some at 64 pixels too."""
     g = torch.Generator().manual_seed(0)
     for name, known in sets.SETS.items():
         config = replace(known, count=COUNT)
         monkeypatch.setitem(sets.SETS, name, config)
-        several = (len(config.objects),) if config.objects else ()
-        pairs = [(scenes.SHAPES.index(s), list(scenes.COLORS).index(c)) for s, c in config.pairs]
-        chosen = torch.tensor(pairs)[torch.randint(len(pairs), (COUNT, *several), generator=g)]
-        tensors = {
-            "images": torch.randint(0, 256, (COUNT, 3, 32, 32), generator=g, dtype=torch.uint8),
-            "position": torch.rand(COUNT, *several, 2, generator=g), "size": 0.4 + 0.3 * torch.rand(COUNT, *several, generator=g),
-            "shape": chosen[..., 0].contiguous(), "color": chosen[..., 1].contiguous(),
-        }
-        if several:
-            absent = torch.arange(len(config.objects)) > torch.randint(3, (COUNT, 1), generator=g)
-            for label in ("shape", "color"):
-                tensors[label][absent] = -1
-        folder = scenes.folder_of(config, tmp_path)
-        folder.mkdir(parents=True)
-        save_file(tensors, str(dataset._part_path(folder, 0)))
+        write_set(config, tmp_path, g)
+        if name in ("pairs", "pairs-test"):
+            write_set(sets.at_resolution(config, 64), tmp_path, g)
     return tmp_path
+
+
+def write_set(config, root, g):
+    several = (len(config.objects),) if config.objects else ()
+    pairs = [(scenes.SHAPES.index(s), list(config.known_colors).index(c)) for s, c in config.pairs]
+    chosen = torch.tensor(pairs)[torch.randint(len(pairs), (COUNT, *several), generator=g)]
+    size = (config.resolution, config.resolution)
+    tensors = {
+        "images": torch.randint(0, 256, (COUNT, 3, *size), generator=g, dtype=torch.uint8),
+        "position": torch.rand(COUNT, *several, 2, generator=g), "size": 0.4 + 0.3 * torch.rand(COUNT, *several, generator=g),
+        "shape": chosen[..., 0].contiguous(), "color": chosen[..., 1].contiguous(),
+    }
+    if several:
+        absent = torch.arange(len(config.objects)) > torch.randint(3, (COUNT, 1), generator=g)
+        for label in ("shape", "color"):
+            tensors[label][absent] = -1
+    folder = scenes.folder_of(config, root)
+    folder.mkdir(parents=True)
+    save_file(tensors, str(dataset._part_path(folder, 0)))
 
 
 def train(data, out, name, *options, iterations=2):
@@ -68,6 +75,16 @@ def test_a_trained_model_is_described_by_its_card(data, tmp_path, name):
     assert card["command"] == f"ebmfast train {name} --seed 0 --iterations 2 --batch 4 --no-bf16"
     assert f"ebmfast scenes {RECIPES[name].data} --root data" in card["data"]
     assert (tmp_path / "out" / f"{name}.run" / "checkpoint.safetensors").exists()
+
+
+@pytest.mark.parametrize("name, dim", [("color", 20), ("joint", 26)])
+def test_64_pixels_bring_20_colours_and_a_larger_network(data, tmp_path, name, dim):
+    card = train(data, tmp_path / "out", name, "--resolution", "64", iterations=1)
+    assert card["shape"] == [3, 64, 64] and card["condition_dim"] == dim and "--resolution 64" in card["command"]
+    model = zoo.load_from(tmp_path / "out", name)
+    assert 1.2e6 < sum(p.numel() for p in model.parameters()) < 1.6e6
+    if name == "joint":
+        assert model.place == 23 and model.center.tolist() == [0.0] * 25 + [pytest.approx(0.55)]
 
 
 def test_without_cross_entropy_a_model_is_not_called_hybrid(data, tmp_path):
