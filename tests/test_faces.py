@@ -167,7 +167,8 @@ def test_faces_go_from_files_to_a_nested_figure(tmp_path, capsys):
     picture = tmp_path / "nested.png"
     assert main(["faces", "figure", *map(str, folders), "--n", "2", "--steps", "2", "--out", str(picture)]) == 0
     with Image.open(picture) as image:
-        assert all(text in image.text["expressions"] for text in NESTED)
+        rows = image.text["expressions"].splitlines()
+        assert rows == [text for text in NESTED if concepts_of(text) <= {"smiling", "male", "old"}] and len(rows) == 6
     models = load(folders)
     card = models["smiling"][1]
     assert card["architecture"] == {"class": "ebmfast.models.ResNet128",
@@ -187,3 +188,4 @@ def test_score_matched_faces_train_too(tmp_path):
 def test_every_default_row_is_over_known_concepts():
     for text in NESTED:
         assert concepts_of(text) <= set(FACES)
+    assert {"smiling", "male", "old", "wavy_hair", "black_hair", "attractive"} <= set().union(*map(concepts_of, NESTED))

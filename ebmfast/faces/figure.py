@@ -19,6 +19,8 @@ NESTED = (
     "male('not_male') & (smiling('smiling') | old('old'))",
     "(smiling('smiling') & male('male')) | (old('old') & male('not_male'))",
     "smiling('smiling') & ~male('male')",
+    "wavy_hair('wavy_hair') & black_hair('black_hair')",
+    "attractive('attractive') & male('not_male') & (wavy_hair('wavy_hair') | black_hair('black_hair'))",
 )
 
 

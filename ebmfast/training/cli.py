@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resolution", type=int, default=32, help="pixels per side (default: 32)")
     parser.add_argument("--frozen", default=None, metavar="DIR",
                         help="where continual stages find the earlier ones (default: runs/continual, else the bundled ones)")
-    parser.add_argument("--iterations", type=int, default=None, help="default: the model's recipe")
+    parser.add_argument("--iterations", type=int, default=None, help="default: the model's recipe, or the paper's")
     parser.add_argument("--batch", type=int, default=None, help="default: 32, for contrastive divergence 16")
     parser.add_argument("--learning-rate", type=float, default=None, help="default: 0.0015, for contrastive divergence 0.0003")
     parser.add_argument("--contrast", type=float, default=0.04, metavar="W",

@@ -11,6 +11,7 @@ from .contrastive import ContrastiveConfig, ContrastiveTrainer
 from .data import TrainingData, frozen_models
 
 PLAIN = ContrastiveConfig()
+PAPER_ITERATIONS = {"position": 10_000, "shape": 14_000, "color": 30_000}
 NETWORKS = {"cubes": "CubesNet", "resnet128": "ResNet128"}
 
 
@@ -59,7 +60,7 @@ def train_contrastive(args: argparse.Namespace, data: TrainingData, device: torc
         raise ValueError("contrastive divergence trains on pictures of one object; give --scenes")
     model, architecture = _model(args, data)
     config = ContrastiveConfig(
-        iterations=args.iterations or PLAIN.iterations, batch=args.batch or PLAIN.batch,
+        iterations=args.iterations or PAPER_ITERATIONS.get(data.recipe.concept, PLAIN.iterations), batch=args.batch or PLAIN.batch,
         learning_rate=args.learning_rate or PLAIN.learning_rate, seed=args.seed, steps=args.steps, drift=args.drift,
         noise=args.noise, gradient_clip=args.gradient_clip, squares=args.squares, smoothing=args.smoothing, max_gap=args.max_gap,
         bf16=bf16)

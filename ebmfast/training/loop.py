@@ -220,7 +220,7 @@ class Loop:
             if f"adam.step.{name}" not in stepped:
                 continue  # a parameter that no gradient has reached
             state = self.optimizer.state[parameter]
-            state["step"] = file.get_tensor(f"adam.step.{name}")
+            state["step"] = file.get_tensor(f"adam.step.{name}").to(parameter.device)
             for key in ("exp_avg", "exp_avg_sq"):
                 state[key] = torch.empty_like(parameter).copy_(file.get_tensor(f"adam.{key}.{name}"))
 
