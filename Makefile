@@ -6,7 +6,7 @@ CMAKE := $(or $(shell command -v cmake 2>/dev/null),$(VENV)/bin/cmake)
 NATIVE := $(wildcard csrc/* csrc/*/* cmake/*) CMakeLists.txt
 INTERPRETED := $(addprefix tests/,test_triton.py test_capture.py test_step.py test_rng.py test_accept.py)
 
-.PHONY: demo test lint bench sanitize clean
+.PHONY: demo test lint bench models sanitize clean
 
 # Rebuilt whenever the native sources or the requirements change; Python files need no reinstall.
 $(STAMP): pyproject.toml constraints.txt $(NATIVE)
@@ -41,6 +41,14 @@ bench: $(STAMP)
 	$(VENV)/bin/python -m bench.cubes
 	$(VENV)/bin/pip install --quiet -c constraints.txt blackjax
 	$(VENV)/bin/python -m bench.mala
+
+# Every model of the experiments, one after the other, and what reads their samples; hours on two cores. RESOLUTION=64 for a GPU.
+RESOLUTION ?= 32
+MODELS := position color shape size objects joint stage_position stage_shape stage_color
+models: $(STAMP)
+	$(VENV)/bin/pip install --quiet -c constraints.txt mitsuba
+	$(VENV)/bin/ebmfast scenes all --resolution $(RESOLUTION)
+	for model in $(MODELS); do $(VENV)/bin/ebmfast train $$model --resolution $(RESOLUTION) --resume || exit 1; done
 
 # The C++ core under sanitizers: needs a C++ compiler and cmake, but no Python where cmake is installed.
 sanitize: $(CMAKE)

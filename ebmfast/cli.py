@@ -1,4 +1,4 @@
-"""The command line: `ebmfast sample | demo | infer | train | scenes | evaluate | judge | models | doctor`."""
+"""The command line: `ebmfast sample | demo | infer | train | scenes | faces | evaluate | judge | models | doctor`."""
 
 from __future__ import annotations
 
@@ -51,8 +51,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_models(commands)
     _add_lazy(commands, "infer", "which concepts explain a picture", "inference_cli")
-    _add_lazy(commands, "train", "train one concept on the scene data set", "training.cli")
-    _add_lazy(commands, "scenes", "render the scene data set (needs Mitsuba 3)", "scenes.cli")
+    _add_lazy(commands, "train", "train a model on rendered scenes or on faces", "training.cli")
+    _add_lazy(commands, "scenes", "render data sets of scenes (needs Mitsuba 3)", "scenes.cli")
+    _add_lazy(commands, "faces", "CelebA's files, schematic faces in their layout, composed faces", "faces.cli")
     _add_lazy(commands, "evaluate", "the paper's experiments: tables and pictures, by a judge", "experiments.cli")
     _add_lazy(commands, "judge", "train the network that reads samples in `evaluate`", "experiments.judge_cli")
     doctor = commands.add_parser("doctor", help="versions, backends, and checks that run the kernels")

@@ -53,10 +53,11 @@ class NoiseConditionalEnergy(nn.Module):
         heads: channels of the bilinear read-outs.
         mean, std: of the data, in its range.
         sigma: (min, max) noise level the network is trained on.
-        center, scale: the condition enters as (condition - center) / scale.
+        center, scale: the condition enters as (condition - center) / scale; numbers, or one for each float.
         harmonics: also feed sin and cos of (pi/2) k times the scaled condition, k = 1..harmonics.
         homography: 9 numbers, row-major; maps (x, y, 1) of a position condition to homogeneous image coordinates
             in [-1, 1]; the network then also gets Gaussian bumps of three widths centred there.
+        place: where in the condition x and y are, for `homography`.
     """
 
     BUMPS = (0.12, 0.3, 0.8)
@@ -71,14 +72,20 @@ class NoiseConditionalEnergy(nn.Module):
         mean: float = 0.0,
         std: float = 0.25,
         sigma: Sequence[float] = (0.06, 4.0),
-        center: float = 0.0,
-        scale: float = 1.0,
+        center: float | Sequence[float] = 0.0,
+        scale: float | Sequence[float] = 1.0,
         harmonics: int = 0,
         homography: Sequence[float] | None = None,
+        place: int = 0,
     ):
         super().__init__()
-        self.condition_dim, self.harmonics = condition_dim, harmonics
-        self.mean, self.std, self.center, self.scale = mean, std, center, scale
+        self.condition_dim, self.harmonics, self.place = condition_dim, harmonics, place
+        self.mean, self.std = mean, std
+        for name, value in (("center", center), ("scale", scale)):
+            if isinstance(value, Sequence):
+                self.register_buffer(name, torch.tensor(value, dtype=torch.float32), persistent=False)
+            else:
+                setattr(self, name, value)
         self.sigma_range = (float(sigma[0]), float(sigma[1]))
         self.homography = None if homography is None else tuple(float(v) for v in homography)
         features = condition_dim * (1 + 2 * harmonics)
@@ -147,7 +154,7 @@ class NoiseConditionalEnergy(nn.Module):
         if self.homography is None:
             return coordinates
         matrix = _matrix(self.homography, x.dtype, x.device)
-        point = F.pad(condition, (0, 1), value=1.0) @ matrix.T
+        point = F.pad(condition[:, self.place:self.place + 2], (0, 1), value=1.0) @ matrix.T
         cu, cv = (point[:, i] / point[:, 2] for i in (0, 1))
         distance = (u - cu[:, None, None]).square() + (v - cv[:, None, None]).square()
         bumps = [torch.exp(-0.5 * distance / w**2) * keep[:, None, None] for w in self.BUMPS]
@@ -165,6 +172,26 @@ class NoiseConditionalEnergy(nn.Module):
             a = F.silu(y)
             value = value + (self.left[scale](a) * self.right[scale](a)).sum(dim=(1, 2, 3))
         return value + self.linear(F.silu(y)).sum(dim=(1, 2, 3))
+
+
+class AtNoiseLevel(nn.Module):
+    """A noise-conditional energy at one level, for pictures in [0, 1]: what contrastive divergence can start from.
+
+    ``E(x | c) = network(2 x - 1, c, sigma)``, the energy of pictures under noise of standard deviation sigma / 2.
+
+    Args:
+        sigma: the level, in the network's own range [-1, 1].
+        condition_dim, options: of `NoiseConditionalEnergy`.
+    """
+
+    def __init__(self, sigma: float, condition_dim: int, **options):
+        super().__init__()
+        self.sigma = sigma
+        self.network = NoiseConditionalEnergy(condition_dim, **options)
+
+    def forward(self, x: Tensor, condition: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
+        """Energies [B] of x [B, 3, H, W] in [0, 1] under condition [B, C]; `keep` as in `NoiseConditionalEnergy`."""
+        return self.network(2.0 * x - 1.0, condition, x.new_full((len(x),), self.sigma), keep)
 
 
 class _Conv(nn.Module):
@@ -201,30 +228,73 @@ class _Conv(nn.Module):
         return F.conv2d(x, self.effective_weight(), padding=1)
 
 
-class _CubesBlock(nn.Module):
-    """conv(x + G1 c), swish, conv(. + G2 c) * (G c + b), plus the bypass; pooled if asked; swish."""
+class _ConditionedBlock(nn.Module):
+    """conv(x + G1 c), swish, conv(. + G2 c) * (G c + b), plus the bypass; pooled if asked; swish. `leaky`: leaky ReLU instead."""
 
-    def __init__(self, c_in: int, c_out: int, condition_dim: int, pool: bool, spectral: bool):
+    def __init__(self, c_in: int, c_out: int, condition_dim: int, pool: bool, spectral: bool, leaky: bool = False):
         super().__init__()
         self.conv1, self.conv2 = _Conv(c_in, c_out, spectral=spectral), _Conv(c_out, c_out, True, spectral)
         self.shift1 = nn.Parameter(torch.zeros(condition_dim, c_in))
         self.shift2 = nn.Parameter(torch.zeros(condition_dim, c_out))
         self.gain, self.bias = nn.Parameter(torch.ones(condition_dim, c_out)), nn.Parameter(torch.zeros(c_out))
         self.bypass = _Conv(c_in, c_out, spectral=spectral) if c_in != c_out else nn.Identity()
-        self.pool = pool
+        self.pool, self.leaky = pool, leaky
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        y = F.silu(self.conv1(x + (c @ self.shift1)[:, :, None, None]))
+        y = self._activation(self.conv1(x + (c @ self.shift1)[:, :, None, None]))
         y = self.conv2(y + (c @ self.shift2)[:, :, None, None]) * (c @ self.gain + self.bias)[:, :, None, None]
         y = y + self.bypass(x)
-        return F.silu(F.avg_pool2d(y, 2) if self.pool else y)
+        return self._activation(F.avg_pool2d(y, 2) if self.pool else y)
+
+    def _activation(self, x: Tensor) -> Tensor:
+        return F.leaky_relu(x, 0.2) if self.leaky else F.silu(x)
 
 
-class CubesNet(nn.Module):
-    """The paper's energy of 64x64 scenes: 2.18 M parameters at C = 20, 0.78 G multiply-adds forward per image.
+class _PaperNet(nn.Module):
+    """What the paper's two networks share: convolutions with constant spectral norm, conditioned blocks, a linear read-out.
 
     Convolutions are conditioned by additive maps of their input and, the second of a block, a multiplicative one of its
-    output, `y = conv(x + c G_b) (c G + b)`; no other bias, no normalisation layers; mean over space, linear read-out.
+    output, `y = conv(x + c G_b) (c G + b)`; no other bias, no normalisation layers.
+    """
+
+    def __init__(self, condition_dim: int, width: int, spectral: bool, stages: Sequence[tuple[int, int, bool]], first_leaky: bool):
+        super().__init__()
+        self.options = {"condition_dim": condition_dim, "width": width}
+        self.stem = _Conv(3, width, spectral=spectral)
+        self.blocks = nn.ModuleList(
+            _ConditionedBlock(a * width, b * width, condition_dim, pool, spectral, first_leaky and i == 0)
+            for i, (a, b, pool) in enumerate(stages))
+        self.read_out = nn.Linear(stages[-1][1] * width, 1)
+
+    def features(self, x: Tensor, condition: Tensor) -> Tensor:
+        """The last map, activated: [B, channels, h, w]."""
+        y = F.silu(self.stem(x))
+        for block in self.blocks:
+            y = block(y, condition)
+        return F.silu(y)
+
+    def folded(self) -> _PaperNet:
+        """A network in eval mode with the same energies, its weights divided once; this one is not changed."""
+        other = type(self)(**self.options, spectral=False).to(self.read_out.weight)
+        self.fold_into(other)
+        return other.eval()
+
+    @torch.no_grad()
+    def fold_into(self, other: _PaperNet) -> None:
+        """Write the divided weights into a network without spectral norm, in place, as training draws negatives from it."""
+        target = {k: v for k, v in other.named_parameters()}
+        training = self.training
+        self.eval()
+        divided = {f"{n}.weight": m.effective_weight() for n, m in self.named_modules() if isinstance(m, _Conv)}
+        self.train(training)
+        for name, value in self.named_parameters():
+            target[name].copy_(divided.get(name, value))
+
+
+class CubesNet(_PaperNet):
+    """The paper's energy of 64x64 scenes: 2.18 M parameters at C = 20, 0.78 G multiply-adds forward per image.
+
+    3x3 convolutions with spectral norm and residual blocks down to 4x4; mean over space, linear read-out.
     Source: Du, Li and Mordatch, NeurIPS 2020, appendix and code.
 
     Args:
@@ -233,31 +303,33 @@ class CubesNet(nn.Module):
         spectral: whether weights are divided by their spectral norms; `folded()` is the same network without.
     """
 
+    STAGES = ((1, 1, True), (1, 2, True), (2, 2, True), (2, 2, False), (2, 4, True))
+
     def __init__(self, condition_dim: int, width: int = 64, spectral: bool = True):
-        super().__init__()
-        self.options = {"condition_dim": condition_dim, "width": width}
-        stages = [(1, 1, True), (1, 2, True), (2, 2, True), (2, 2, False), (2, 4, True)]
-        self.stem = _Conv(3, width, spectral=spectral)
-        self.blocks = nn.ModuleList(_CubesBlock(a * width, b * width, condition_dim, pool, spectral) for a, b, pool in stages)
-        self.read_out = nn.Linear(4 * width, 1)
+        super().__init__(condition_dim, width, spectral, self.STAGES, first_leaky=False)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """Energies [B, 1] of x [B, 3, H, W] under condition [B, C]."""
-        y = F.silu(self.stem(x))
-        for block in self.blocks:
-            y = block(y, condition)
-        return self.read_out(F.silu(y).mean(dim=(2, 3)))
+        return self.read_out(self.features(x, condition).mean(dim=(2, 3)))
 
-    @torch.no_grad()
-    def folded(self) -> CubesNet:
-        """A network in eval mode with the same energies, its weights divided once; this one is not changed."""
-        other = CubesNet(**self.options, spectral=False).to(self.read_out.weight)
-        weights = {k: v for k, v in self.state_dict().items() if not k.endswith(".u")}
-        training = self.training
-        self.eval()
-        for name, module in self.named_modules():
-            if isinstance(module, _Conv):
-                weights[f"{name}.weight"] = module.effective_weight()
-        self.train(training)
-        other.load_state_dict(weights)
-        return other.eval()
+
+class ResNet128(_PaperNet):
+    """The paper's energy of 128x128 faces: 15.7 M parameters, 5.24 G multiply-adds forward per image.
+
+    As `CubesNet`, with six blocks down to 4x4, leaky ReLU (0.2) in the first, and a sum over space before the read-out.
+    Source: Du, Li and Mordatch, NeurIPS 2020, appendix and code.
+
+    Args:
+        condition_dim: C, floats of a condition; one attribute of CelebA is one-hot, C = 2.
+        width: channels of the first stage.
+        spectral: whether weights are divided by their spectral norms; `folded()` is the same network without.
+    """
+
+    STAGES = ((1, 1, True), (1, 2, True), (2, 4, True), (4, 8, True), (8, 8, True), (8, 8, False))
+
+    def __init__(self, condition_dim: int = 2, width: int = 64, spectral: bool = True):
+        super().__init__(condition_dim, width, spectral, self.STAGES, first_leaky=True)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """Energies [B, 1] of x [B, 3, H, W] under condition [B, C]."""
+        return self.read_out(self.features(x, condition).sum(dim=(2, 3)))

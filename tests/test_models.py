@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ebmfast.models import CubesNet, NoiseConditionalEnergy
+from ebmfast.models import CubesNet, NoiseConditionalEnergy, ResNet128
 
 HOMOGRAPHY = (0.7, 0.0, 0.0, 0.0, -0.5, 0.0, 0.0, 0.1, 1.0)
 
@@ -121,15 +121,61 @@ def test_cubes_net_has_the_papers_size_and_conditions():
     assert not torch.allclose(model(x, c)[1], other[1]) and torch.equal(model(x, c)[0], other[0])
 
 
-def test_cubes_net_folds_into_the_same_energies():
-    model = CubesNet(3, width=8)
+def test_resnet128_has_the_papers_size_and_shape():
+    model = ResNet128()
+    convolutions = sum(m.weight.numel() for m in model.modules() if hasattr(m, "effective_weight"))
+    # 3x3 convolutions: stem, then two and a bypass where channels change, for 64, 128, 256, 512, 512, 512 channels
+    wanted = 9 * (3 * 64 + 2 * 64**2 + (64 * 128 * 2 + 128**2) + (128 * 256 * 2 + 256**2) + (256 * 512 * 2 + 512**2) + 4 * 512**2)
+    assert convolutions == wanted
+    widths = (64, 64, 128, 256, 512, 512, 512)
+    conditions = sum(2 * (c_in + 2 * c_out) + c_out for c_in, c_out in zip(widths, widths[1:]))
+    assert sum(p.numel() for p in model.parameters()) == wanted + conditions + 512 + 1
+    assert round(wanted / 1e6, 1) == 15.7
+    assert model.blocks[0].leaky and not any(block.leaky for block in model.blocks[1:])
+    narrow = ResNet128(2, width=2).eval()
+    features = narrow.features(torch.rand(1, 3, 128, 128), torch.eye(2)[:1])
+    assert features.shape == (1, 16, 4, 4), "five halvings of 128"
+    energy = narrow(torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0)), torch.eye(2)[:1])
+    same = narrow.read_out(narrow.features(
+        torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0)), torch.eye(2)[:1]).sum(dim=(2, 3)))
+    assert torch.equal(energy, same), "a sum over space, not a mean"
+
+
+@pytest.mark.parametrize("cls, size", [(CubesNet, 16), (ResNet128, 32)])
+def test_folded_networks_have_the_same_energies(cls, size):
+    model = cls(3, width=8)
     for _ in range(20):
-        model(torch.rand(2, 3, 16, 16), torch.eye(3)[:2])  # the power iteration settles
+        model(torch.rand(2, 3, size, size), torch.eye(3)[:2])  # the power iteration settles
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    x, c = torch.rand(4, 3, 16, 16), torch.rand(4, 3)
+    x, c = torch.rand(4, 3, size, size), torch.rand(4, 3)
     folded = model.folded()
     assert model.training and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     torch.testing.assert_close(folded(x, c), model.eval()(x, c))
     norms = {k: torch.linalg.matrix_norm(v.flatten(1), 2) for k, v in folded.state_dict().items() if v.ndim == 4}
     for name, norm in norms.items():
         assert norm < 1.05 and ("conv2" in name or norm > 0.95), (name, norm)
+    with torch.no_grad():
+        folded.stem.weight.zero_()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()), "the two share no weights"
+
+
+def test_folding_in_place_follows_the_trained_network():
+    model = CubesNet(2, width=4).eval()
+    folded = model.folded()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1)
+    x, c = torch.rand(2, 3, 16, 16), torch.eye(2)
+    assert not torch.allclose(folded(x, c), model(x, c))
+    model.fold_into(folded)
+    torch.testing.assert_close(folded(x, c), model(x, c))
+
+
+def test_a_joint_condition_places_its_bumps_and_scales_its_floats():
+    model = small(5, homography=(1.0, 0, 0, 0, 1.0, 0, 0, 0, 1.0), place=2, center=[0, 0, 0, 0, 0.5], scale=[1, 1, 1, 1, 0.1])
+    plain = small(2, homography=(1.0, 0, 0, 0, 1.0, 0, 0, 0, 1.0))
+    x, _, sigma = inputs(1)
+    joint, alone = torch.tensor([[1.0, 0.0, 0.4, -0.3, 0.6]]), torch.tensor([[0.4, -0.3]])
+    assert torch.equal(model._maps(x, joint, torch.ones(1)), plain._maps(x, alone, torch.ones(1)))
+    assert ((joint - model.center) / model.scale)[0].tolist() == pytest.approx([1, 0, 0.4, -0.3, 1.0])
+    assert "center" not in model.state_dict() and model(x, joint, sigma).shape == (1,)

@@ -6,22 +6,42 @@ import json
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from .render import COLORS, SHAPES, SIZE_RANGE, Scene, load_mitsuba, render
+from .draw import draw_objects, draw_single
+from .render import COLORS, COLORS_20, SHAPES, SIZE_RANGE, Scene, load_mitsuba, render
 
 PART = 250
 FORMAT = 1
+SINCE_FORMAT_1 = ("held_out", "shapes", "colors", "palette", "size_range", "objects", "variation", "camera_jitter", "tint_jitter")
+VARIATIONS = ("color", "light", "size", "type")
+LABELS = {"position": np.float32, "size": np.float32, "shape": np.int64, "color": np.int64}
 
 
 @dataclass(frozen=True)
 class SceneConfig:
-    """Everything that decides the bytes of a data set; picture i is a function of (config, i) alone."""
+    """Everything that decides the bytes of a data set; picture i is a function of (config, i) alone.
+
+    Args:
+        count, resolution, samples, seed: pictures, pixels per side, light paths per pixel, and what all draws depend on.
+        empty_fraction: share of pictures without an object.
+        light_jitter, color_jitter: half-widths of the uniform jitter of the lamp's place and of the objects' colours.
+        held_out: (shape, colour) pairs that no picture shows.
+        shapes, colors: what objects are drawn from; no colours are the whole palette.
+        palette: 6 or 20 colours; decides the colour labels.
+        size_range: of sizes, in scene units.
+        objects: shares of scenes with 1, 2, ... objects; empty is one object each.
+        variation: one of "color", "light", "size", "type" leaves the range of all other sets: for held-out tests.
+        camera_jitter: half-width of the jitter of the camera's height, in scene units.
+        tint_jitter: half-width of the jitter of the light's and the floor's colour.
+    """
 
     count: int = 20_000
     resolution: int = 32
@@ -30,75 +50,139 @@ class SceneConfig:
     empty_fraction: float = 0.05
     light_jitter: float = 0.8
     color_jitter: float = 0.06
+    held_out: tuple[tuple[str, str], ...] = ()
+    shapes: tuple[str, ...] = SHAPES
+    colors: tuple[str, ...] = ()
+    palette: int = 6
+    size_range: tuple[float, float] = SIZE_RANGE
+    objects: tuple[float, ...] = ()
+    variation: str | None = None
+    camera_jitter: float = 0.0
+    tint_jitter: float = 0.0
+
+    def __post_init__(self):
+        if self.palette not in (6, 20):
+            raise ValueError(f"`palette` must be 6 or 20 colours, got {self.palette}")
+        for name in self.colors:
+            if name not in self.known_colors:
+                raise ValueError(f"`colors` must be among {', '.join(self.known_colors)}, got {name!r}")
+        for shape in self.shapes:
+            if shape not in SHAPES:
+                raise ValueError(f"`shapes` must be among {', '.join(SHAPES)}, got {shape!r}")
+        if self.variation not in (None, *VARIATIONS):
+            raise ValueError(f"`variation` must be one of {', '.join(VARIATIONS)} or None, got {self.variation!r}")
+        if not self.pairs:
+            raise ValueError(f"`held_out` leaves no pair of shape and colour: {self.held_out}")
+
+    @property
+    def known_colors(self) -> dict[str, tuple[float, float, float]]:
+        """The palette: name -> linear reflectance."""
+        return COLORS if self.palette == 6 else COLORS_20
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """(shape, colour) pairs that pictures show."""
+        held_out = {tuple(pair) for pair in self.held_out}
+        return [(s, c) for s in self.shapes for c in self.colors or self.known_colors if (s, c) not in held_out]
 
     def digest(self) -> str:
         """First 12 hex digits of the sha256 of the configuration, the renderer's format and the palette."""
-        text = json.dumps([FORMAT, asdict(self), list(SHAPES), COLORS], sort_keys=True)
+        options = asdict(self)
+        for field in fields(self):  # data sets made before an option existed keep their digest
+            if field.name in SINCE_FORMAT_1 and getattr(self, field.name) == field.default:
+                del options[field.name]
+        text = json.dumps([FORMAT, options, list(SHAPES), self.known_colors], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-TRAIN = SceneConfig(count=20_000, seed=0)
-TEST = SceneConfig(count=2_000, seed=1)
 
 
 @dataclass
 class SceneData:
     """Pictures and labels: images uint8 [N, 3, R, R]; position [N, 2]; size [N]; shape, color int64 [N], -1 if empty."""
 
-    images: torch.Tensor
-    position: torch.Tensor
-    size: torch.Tensor
-    shape: torch.Tensor
-    color: torch.Tensor
+    images: Tensor
+    position: Tensor
+    size: Tensor
+    shape: Tensor
+    color: Tensor
+    n_colors: int = len(COLORS)
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index) -> SceneData:
-        return SceneData(*(t[index] for t in (self.images, self.position, self.size, self.shape, self.color)))
+        return SceneData(*(t[index] for t in (self.images, self.position, self.size, self.shape, self.color)), self.n_colors)
 
     def with_object(self) -> SceneData:
         """The part of the data whose pictures hold an object."""
         return self[self.shape >= 0]
 
-    def condition(self, concept: str) -> torch.Tensor:
-        """Condition vectors [N, C] of one concept: position (2), size (1), shape (one-hot 3), color (one-hot 6)."""
+    def condition(self, concept: str) -> Tensor:
+        """Condition vectors [N, C] of one concept: position (2), size (1), shape (one-hot 3), color (one-hot, 6 or 20), or
+        "joint": shape, color, position and size side by side."""
         if concept == "position":
             return self.position
         if concept == "size":
             return self.size[:, None]
         if concept == "shape":
-            return torch.nn.functional.one_hot(self.shape, len(SHAPES)).float()
+            return F.one_hot(self.shape, len(SHAPES)).float()
         if concept == "color":
-            return torch.nn.functional.one_hot(self.color, len(COLORS)).float()
-        raise ValueError(f"`concept` must be position, size, shape or color, got {concept!r}")
+            return F.one_hot(self.color, self.n_colors).float()
+        if concept == "joint":
+            return torch.cat([self.condition(c) for c in ("shape", "color", "position", "size")], dim=1)
+        raise ValueError(f"`concept` must be position, size, shape, color or joint, got {concept!r}")
 
-    def pixels(self) -> torch.Tensor:
+    def pixels(self) -> Tensor:
+        """Images as float32 in [-1, 1]."""
+        return self.images.float() / 127.5 - 1.0
+
+
+@dataclass
+class ObjectsData:
+    """Pictures of several objects: images uint8 [N, 3, R, R]; count [N]; position [N, K, 2]; size, shape, color [N, K].
+
+    Objects are sorted to the front; where there is none, shape and color are -1.
+    """
+
+    images: Tensor
+    position: Tensor
+    size: Tensor
+    shape: Tensor
+    color: Tensor
+    n_colors: int = len(COLORS)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index) -> ObjectsData:
+        return ObjectsData(*(t[index] for t in (self.images, self.position, self.size, self.shape, self.color)), self.n_colors)
+
+    @property
+    def count(self) -> Tensor:
+        """Objects in each picture, int64 [N]."""
+        return (self.shape >= 0).sum(dim=1)
+
+    def with_object(self) -> ObjectsData:
+        """The part of the data whose pictures hold an object."""
+        return self[self.count > 0]
+
+    def pick(self, seed: int = 0) -> SceneData:
+        """Every picture with the labels of one of its objects, chosen at random; those of an empty floor stay empty."""
+        u = torch.rand(len(self), generator=torch.Generator().manual_seed(seed))
+        index = (torch.arange(len(self)), (u * self.count.clamp_min(1)).long())
+        labels = (t[index] for t in (self.position, self.size, self.shape, self.color))
+        return SceneData(self.images, *labels, self.n_colors)
+
+    def pixels(self) -> Tensor:
         """Images as float32 in [-1, 1]."""
         return self.images.float() / 127.5 - 1.0
 
 
 def draw_scene(config: SceneConfig, index: int) -> tuple[Scene, dict]:
-    """Scene number `index` of a data set and its labels; the same for the same (config, index)."""
-    rng = np.random.default_rng([config.seed, index])
-    empty = rng.uniform() < config.empty_fraction
-    shape, color = int(rng.integers(len(SHAPES))), int(rng.integers(len(COLORS)))
-    x, y = rng.uniform(-1.0, 1.0, 2)
-    size = rng.uniform(*SIZE_RANGE)
-    rgb = np.array(list(COLORS.values())[color]) + rng.uniform(-config.color_jitter, config.color_jitter, 3)
-    light = np.array([-3.0, -3.0, 6.7]) + rng.uniform(-config.light_jitter, config.light_jitter, 3)
-    scene = Scene(
-        shape=None if empty else SHAPES[shape],
-        color=tuple(np.clip(rgb, 0.02, 0.98).tolist()),
-        position=(float(x), float(y)),
-        size=float(size),
-        light=tuple(light.tolist()),
-        intensity=float(rng.uniform(60.0, 80.0)),
-        ambient=float(rng.uniform(0.35, 0.45)),
-        floor=float(rng.uniform(0.55, 0.65)),
-    )
-    labels = {"position": (x, y), "size": size, "shape": -1 if empty else shape, "color": -1 if empty else color}
-    return scene, labels
+    """Scene number `index` of a data set and its labels; the same for the same (config, index).
+
+    Labels are those of `SceneData`, or with `config.objects` arrays [K, ...] as in `ObjectsData`.
+    """
+    return draw_objects(config, index) if config.objects else draw_single(config, index)
 
 
 def _part_path(folder: Path, part: int) -> Path:
@@ -114,7 +198,7 @@ def _render_part(config: SceneConfig, folder: Path, part: int) -> int:
         images.append(render(scene, config.resolution, config.samples, seed=i))
         labels.append(label)
     tensors = {"images": torch.from_numpy(np.stack(images))}
-    for key, dtype in (("position", np.float32), ("size", np.float32), ("shape", np.int64), ("color", np.int64)):
+    for key, dtype in LABELS.items():
         tensors[key] = torch.from_numpy(np.array([label[key] for label in labels], dtype=dtype))
     path = _part_path(folder, part)
     temporary = path.with_suffix(f".tmp{os.getpid()}")
@@ -164,18 +248,19 @@ def generate(config: SceneConfig, root: str | Path = "data", workers: int | None
     return folder
 
 
-def load(config: SceneConfig, root: str | Path = "data") -> SceneData:
-    """Read a rendered data set; needs no renderer.
+def load(config: SceneConfig, root: str | Path = "data") -> SceneData | ObjectsData:
+    """Read a rendered data set, of several objects per picture as `ObjectsData`; needs no renderer.
 
     Raises FileNotFoundError, with the command that renders it, when parts of it are missing.
     """
+    from .sets import command_of
+
     folder = folder_of(config, root)
     missing = _missing(config, folder)
     if missing:
         raise FileNotFoundError(
-            f"{folder} lacks {len(missing)} parts; render them with: python -m ebmfast scenes --root {root} "
-            f"--count {config.count} --resolution {config.resolution} --seed {config.seed}"
-        )
+            f"{folder} lacks {len(missing)} parts; render them with: python -m {command_of(config, root)}")
     total = (config.count + PART - 1) // PART
     parts = [load_file(str(_part_path(folder, p))) for p in range(total)]
-    return SceneData(**{k: torch.cat([p[k] for p in parts]) for k in ("images", "position", "size", "shape", "color")})
+    tensors = {k: torch.cat([p[k] for p in parts]) for k in ("images", *LABELS)}
+    return (ObjectsData if config.objects else SceneData)(**tensors, n_colors=config.palette)

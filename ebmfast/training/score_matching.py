@@ -30,17 +30,33 @@ class NoiseLevels:
 
 
 def score_error(model: nn.Module, noised: Tensor, noise: Tensor, sigma: Tensor, condition: Tensor, keep: Tensor,
-                std: float, create_graph: bool) -> Tensor:
+                std: float, create_graph: bool, frozen: Tensor | None = None) -> Tensor:
     """Weighted denoising score-matching error of each row [B].
 
     ``mean_pixels |sigma grad E(x + sigma n) - n|^2 (sigma^2 + s^2) / s^2``: the weight makes the target of the
-    network unit variance at every level (Karras et al. 2022, section 5). `noised` [B, 3, H, W]; others [B].
+    network unit variance at every level (Karras et al. 2022, section 5). `noised` [B, 3, H, W]; others [B]. `frozen`
+    [B, 3, H, W] is the gradient of energies that are composed with this one, and adds to its own.
     """
     x = noised.requires_grad_(True)
     energy = model(x, condition, sigma, keep).sum()
     (gradient,) = torch.autograd.grad(energy, x, create_graph=create_graph)
+    if frozen is not None:
+        gradient = gradient + frozen
     error = (sigma[:, None, None, None] * gradient - noise).square().mean(dim=(1, 2, 3))
     return error * (sigma * sigma + std * std) / (std * std)
+
+
+def ratio_gradient(model: nn.Module, noised: Tensor, sigma: Tensor, condition: Tensor, keep: Tensor) -> Tensor:
+    """Gradient of `E(x | c, sigma) - E(x, sigma)` of a frozen model, [B, 3, H, W]; zero in rows that are not kept.
+
+    What a concept learnt earlier adds to a composition whose prior is the new model's: `p(x | c) / p(x)`.
+    """
+    rows = noised.detach().repeat(2, 1, 1, 1).requires_grad_(True)
+    flags = torch.cat([keep, torch.zeros_like(keep)])
+    energy = model(rows, condition.repeat(2, 1), sigma.repeat(2), flags)
+    (gradient,) = torch.autograd.grad(energy, rows, torch.cat([keep, -keep]))
+    conditioned, free = gradient.detach().chunk(2)
+    return conditioned + free
 
 
 def contrast(model: nn.Module, noised: Tensor, sigma: Tensor, candidates: Tensor) -> Tensor:

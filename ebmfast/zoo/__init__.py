@@ -17,7 +17,7 @@ _FOLDER = Path(__file__).parent
 
 
 def names(kind: str = "noise-conditional energy") -> list[str]:
-    """Names of the bundled models of one kind ("noise-conditional energy" or "judge"), sorted."""
+    """Names of the bundled models of one kind ("noise-conditional energy", "judge" or "counter"), sorted."""
     return sorted(p.stem for p in _FOLDER.glob("*.json") if json.loads(p.read_text())["kind"] == kind)
 
 
@@ -31,6 +31,16 @@ def card(name: str) -> dict:
         known = sorted(p.stem for p in _FOLDER.glob("*.json"))
         raise ValueError(f"no model named {name!r} in the zoo; there are {', '.join(known)}")
     return json.loads(path.read_text())
+
+
+def folder(group: str | None = None) -> Path:
+    """Where the bundled models lie; `group` "objects", "continual", "pairs" or "joint" are models of one experiment each."""
+    return _FOLDER / group if group else _FOLDER
+
+
+def card_from(folder: str | Path, name: str) -> dict:
+    """The card of a model in any folder, as `ebmfast train` writes it."""
+    return json.loads((Path(folder) / f"{name}.json").read_text())
 
 
 @functools.cache
@@ -47,7 +57,7 @@ def load_from(folder: str | Path, name: str) -> nn.Module:
     from safetensors.torch import load as read
 
     folder = Path(folder)
-    about = json.loads((folder / f"{name}.json").read_text())
+    about = card_from(folder, name)
     data = (folder / f"{name}.safetensors").read_bytes()
     digest = hashlib.sha256(data).hexdigest()
     if digest != about["sha256"]:
