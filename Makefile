@@ -6,7 +6,7 @@ CMAKE := $(or $(shell command -v cmake 2>/dev/null),$(VENV)/bin/cmake)
 NATIVE := $(wildcard csrc/* csrc/*/* cmake/*) CMakeLists.txt
 INTERPRETED := $(addprefix tests/,test_triton.py test_capture.py test_step.py test_rng.py test_accept.py)
 
-.PHONY: demo test lint bench sanitize clean
+.PHONY: demo test lint bench docs sanitize clean
 
 # Rebuilt whenever the native sources or the requirements change; Python files need no reinstall.
 $(STAMP): pyproject.toml constraints.txt $(NATIVE)
@@ -30,6 +30,13 @@ test: $(STAMP) $(VENV)/.triton
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check ebmfast kernels tests bench
+
+# API pages and pictures, from the code.
+docs: $(STAMP)
+	$(VENV)/bin/python docs/api.py
+	$(VENV)/bin/python docs/gallery.py
+	$(VENV)/bin/pip install --quiet -c constraints.txt matplotlib
+	$(VENV)/bin/python docs/pictures.py
 
 bench: $(STAMP)
 	$(VENV)/bin/python -m bench.noise

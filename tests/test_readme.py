@@ -15,9 +15,11 @@ SHORTER = (("n=16", "n=1"), ("levels=16", "levels=2"), ("steps_per_level=6", "st
 def test_code_in_the_readme_runs(code, capsys):
     for long, short in SHORTER:
         code = code.replace(long, short)
+    if "torchebm" in code:
+        pytest.importorskip("torchebm")
     names = {}
     exec(compile(code, "a page", "exec"), names)
-    assert names["r"].x.isfinite().all()
+    assert "r" not in names or names["r"].x.isfinite().all()
 
 
 def test_the_readme_has_code():
