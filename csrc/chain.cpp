@@ -188,6 +188,16 @@ void Composition::set_sampler(bool noise_first, const float* clamp, const float*
     if (clip_norm != nullptr) sampler_.clip_norm = *clip_norm;
 }
 
+void Composition::set_metropolis(ChainDynamics dynamics, int leapfrogs, std::vector<float> mass) {
+    if (laid_out_) throw std::logic_error("the sampler comes before what needs the layout of scratch");
+    if (!mass.empty() && int64_t(mass.size()) != size_) throw std::invalid_argument("one mass per element, or none");
+    mass_ = std::move(mass);
+    sampler_.dynamics = dynamics;
+    sampler_.leapfrogs = leapfrogs;
+    sampler_.mass = mass_.empty() ? nullptr : mass_.data();
+    work_ *= dynamics == ChainDynamics::hmc ? leapfrogs : 1;
+}
+
 // The condition that all chains share becomes one shift and one scale per output.
 void ChainPlan::fold(ChainLayer& l, LayerData& data) {
     const ChainConditioning& k = l.conditioning;
@@ -250,6 +260,10 @@ void ChainPlan::lay_out() {
     rows_.conditions = take(condition_rows_), rows_.condition = take(condition_width_), rows_.slopes = take(slope_rows_);
     rows_.ping = take(widest_), rows_.pong = take(widest_), rows_.pairs = take((widest_ + 1) / 2);
     rows_.faults = take(1), rows_.lanes = take(2), rows_.frozen = take(size_);
+    if (sampler_.dynamics != ChainDynamics::langevin) {
+        rows_.there = take(rows_.padded), rows_.normals = take(rows_.padded);
+        rows_.energy = take(2), rows_.accepted = take(1), rows_.warm_up = take(4);
+    }
     rows_.total = next;
 }
 
@@ -288,6 +302,9 @@ ChainArgs Composition::arguments(const ChainCall& call) const {
     a.frozen = call.frozen;
     a.frozen_stride = call.frozen_per_chain ? size_ : 0;
     a.faults = call.faults;
+    a.accepted = call.accepted, a.energies = call.energies;
+    a.accept_stream = call.accept_stream;
+    a.warm_up = call.warm_up;
     a.size = size_;
     return a;
 }

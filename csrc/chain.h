@@ -69,6 +69,10 @@ struct ChainCall {
     bool frozen_per_chain;
     int64_t* faults;
     int threads;
+    // Of samplers that accept or reject: [chains] each.
+    float *accepted = nullptr, *energies = nullptr;
+    uint32_t accept_stream = 0;
+    WarmUp warm_up{};
 };
 
 // A composition over chains of `size` elements, for one machine or another. It reads the memory of the pointers it was given: they must
@@ -87,6 +91,7 @@ public:
     void set_conditioning(int unit, int layer, const ChainConditioning& conditioning, std::vector<float> fixed);
     void set_values(std::vector<float> values) { values_ = std::move(values); }
     void set_sampler(bool noise_first, const float* clamp, const float* clip, const float* clip_norm);
+    void set_metropolis(ChainDynamics dynamics, int leapfrogs, std::vector<float> mass);  // mass: empty for ones
 
     int units() const { return int(units_.size()); }
     double work() const { return work_ + 12.0 * double(size_) * double(units_.size()); }  // multiplications per chain and step, about
@@ -109,6 +114,7 @@ protected:
     std::vector<int> children_;
     std::vector<float> values_;
     ChainArgs sampler_{};
+    std::vector<float> mass_;
     bool laid_out_ = false;
     int64_t condition_rows_ = 0, condition_width_ = 0, slope_rows_ = 0, widest_ = 0;
     double work_ = 0;  // of matrices and activations

@@ -61,7 +61,17 @@ enum NodeCode : int { kLeaf = 0, kSum = 1, kLogSumExp = 2 };
 // each unit's gradient.
 struct ChainRows {
     int64_t padded, x, moved, gradients, combined, energies, weights, values, upstream, conditions, condition, slopes, ping, pong, pairs, faults, lanes,
-        frozen, total;
+        frozen;
+    int64_t there, normals, energy, accepted, warm_up;  // of samplers that accept or reject
+    int64_t total;
+};
+
+enum class ChainDynamics : int { langevin, mala, hmc };
+
+// Dual averaging of step sizes; no state: none.
+struct WarmUp {
+    float* state;  // [chains][4]: ln s, its average, the error, the steps taken
+    float steps, target, gamma, t0, kappa;
 };
 
 struct ChainArgs {
@@ -83,7 +93,14 @@ struct ChainArgs {
     const uint8_t* frozen;  // [size], [chains][size] or null
     int64_t frozen_stride;  // 0 or size
     int64_t* faults;        // [chains]
-    float* energies;        // for `energies`: [n_units][chains]
+    float* energies;        // for `energies`: [n_units][chains]; of samplers that accept or reject: [chains], where they stand
+    ChainDynamics dynamics;
+    // Of samplers that accept or reject; clamps, low and high are the bounds of the domain.
+    int leapfrogs;
+    const float* mass;  // [size], null: ones
+    float* accepted;    // [chains]: proposals accepted are added
+    WarmUp warm_up;
+    uint32_t accept_stream;
     ChainRows rows;
 };
 

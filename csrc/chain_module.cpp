@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <memory>
 #include <optional>
 #include <stdexcept>
@@ -237,6 +238,13 @@ void bind_chain(py::module_& m) {
             },
             py::arg("noise_first"), py::arg("clamp"), py::arg("clip_value"), py::arg("clip_norm")
         )
+        .def(
+            "set_metropolis",
+            [](Composition& self, bool hmc, int leapfrogs, std::vector<float> mass) {
+                self.set_metropolis(hmc ? ChainDynamics::hmc : ChainDynamics::mala, leapfrogs, std::move(mass));
+            },
+            py::arg("hmc"), py::arg("leapfrogs"), py::arg("mass")
+        )
         .def("work", &Composition::work, "Multiplications per chain and step, about.");
     py::class_<ChainPlan, Composition>(m, "ChainPlan")
         .def(py::init<int64_t, const std::vector<std::pair<int, int>>&>(), py::arg("size"), py::arg("codes"))
@@ -246,16 +254,21 @@ void bind_chain(py::module_& m) {
             "run",
             [](ChainPlan& self, uintptr_t x, int64_t chains, uint64_t seed, uint64_t first_chain, uint32_t stream, uint32_t step, int64_t steps,
                uintptr_t drift, uintptr_t noise, const std::vector<uintptr_t>& conditions, uintptr_t frozen, bool frozen_per_chain,
-               uintptr_t faults, int threads) {
-                const ChainCall call{pointer<float>(x), chains, {seed, first_chain, step, stream, 0}, steps, pointer<const float>(drift),
-                                     pointer<const float>(noise), condition_pointers(conditions), pointer<const uint8_t>(frozen),
-                                     frozen_per_chain, pointer<int64_t>(faults), threads};
+               uintptr_t faults, int threads, uintptr_t accepted, uintptr_t energies, uint32_t accept_stream, uintptr_t warm_up,
+               const std::array<float, 5>& adaptation) {
+                ChainCall call{pointer<float>(x), chains, {seed, first_chain, step, stream, 0}, steps, pointer<const float>(drift),
+                               pointer<const float>(noise), condition_pointers(conditions), pointer<const uint8_t>(frozen),
+                               frozen_per_chain, pointer<int64_t>(faults), threads};
+                call.accepted = pointer<float>(accepted), call.energies = pointer<float>(energies), call.accept_stream = accept_stream;
+                const auto [warm_steps, target, gamma, t0, kappa] = adaptation;
+                call.warm_up = {pointer<float>(warm_up), warm_steps, target, gamma, t0, kappa};
                 const py::gil_scoped_release release;
                 return self.run(call);
             },
             py::arg("x"), py::arg("chains"), py::arg("seed"), py::arg("first_chain"), py::arg("stream"), py::arg("step"), py::arg("steps"),
             py::arg("drift"), py::arg("noise"), py::arg("conditions"), py::arg("frozen"), py::arg("frozen_per_chain"), py::arg("faults"),
-            py::arg("threads")
+            py::arg("threads"), py::arg("accepted") = 0, py::arg("energies") = 0, py::arg("accept_stream") = 0, py::arg("warm_up") = 0,
+            py::arg("adaptation") = std::array<float, 5>{}
         )
         .def(
             "energies",

@@ -371,6 +371,8 @@ class Chain:
             float32 (the first layer, biases, activations and the state stay float32).
         device: where the parameters are.
         noise_first, clamp, clip_value, clip_norm: what every step does beside the gradient, as in `Langevin`.
+        metropolis: "mala" or "hmc" for steps that accept or reject, whose `clamp` is the bounds of the domain; None for `Langevin`.
+        leapfrogs, mass: of HMC; the mass broadcasts to `shape`.
 
     Raises:
         NotNative: with the reason, naming the leaf.
@@ -380,7 +382,8 @@ class Chain:
 
     def __init__(self, expression: Expression, shape: Sequence[int], compute_dtype: torch.dtype | None = None, *,
                  device: torch.device | str = "cpu", noise_first: bool = False, clamp: tuple[float, float] | None = None,
-                 clip_value: float | None = None, clip_norm: float | None = None):
+                 clip_value: float | None = None, clip_norm: float | None = None, metropolis: str | None = None,
+                 leapfrogs: int = 1, mass: Tensor | float = 1.0):
         if any(GLOBAL_HOOKS):
             raise NotNative("global hooks are registered")
         bf16 = compute_dtype == torch.bfloat16
@@ -404,6 +407,12 @@ class Chain:
         for native in self.natives:
             native.add(self._plan, matrices)
         self._plan.set_sampler(noise_first, clamp, clip_value, clip_norm)
+        if metropolis is not None:
+            try:
+                masses = torch.as_tensor(mass, dtype=torch.float32, device="cpu").expand(tuple(shape)).flatten().tolist()
+            except RuntimeError:
+                raise NotNative(f"a mass that does not broadcast to {list(shape)}") from None
+            self._plan.set_metropolis(metropolis == "hmc", leapfrogs, masses)
         slotted = [n for n in self.natives if isinstance(n.leaf.condition, Slot)]
         self.widths = {n.leaf.condition.name: n.width for n in slotted}
         for native in slotted:
@@ -502,16 +511,16 @@ class Chain:
         return int(seconds * MULTIPLICATIONS_PER_SECOND / (self._plan.work() * max(chains, 1)))
 
     def run(self, x: Tensor, faults: Tensor, conditions: Sequence[Tensor], drift: Tensor, noise: Tensor, sigma: float | None, *,
-            step: int, seed: int, first_chain: int, frozen_mask: Tensor | None = None) -> bool:
+            step: int, seed: int, first_chain: int, frozen_mask: Tensor | None = None, **metropolis) -> bool:
         """Steps `step` to `step + len(drift) - 1` of every chain without a fault, in place; whether none has one after them.
 
-        `refresh` comes first."""
+        `refresh` comes first. `metropolis`: addresses and numbers of steps that accept or reject (`samplers.metropolis`)."""
         self._set_values(sigma)
-        per_chain = frozen_mask is not None and frozen_mask.ndim == x.ndim
+        per_chain, stream = frozen_mask is not None and frozen_mask.ndim == x.ndim, metropolis.pop("stream", rng.NOISE)
         return self._plan.run(
-            x.data_ptr(), x.shape[0], seed, first_chain, rng.NOISE, step, drift.shape[0], drift.data_ptr(), noise.data_ptr(),
+            x.data_ptr(), x.shape[0], seed, first_chain, stream, step, drift.shape[0], drift.data_ptr(), noise.data_ptr(),
             [c.data_ptr() for c in conditions], 0 if frozen_mask is None else frozen_mask.data_ptr(), per_chain,
-            faults.data_ptr(), torch.get_num_threads())
+            faults.data_ptr(), torch.get_num_threads(), **metropolis)
 
 
 class BoundChain:

@@ -46,6 +46,8 @@ class DeviceChain(Chain):
 
     def __init__(self, expression, shape: Sequence[int], compute_dtype: torch.dtype | None = None, *, device, **options):
         device = indexed(device)
+        if options.get("metropolis") is not None:
+            raise NotNative("the CUDA chain engine takes the steps of Langevin dynamics only")
         self._values_at: dict[float | None, Tensor] = {}
         self._image, self._last_stream = b"", None
         super().__init__(expression, shape, compute_dtype, device=device, **options)

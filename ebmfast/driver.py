@@ -13,12 +13,11 @@ from typing import NamedTuple
 
 import torch
 
-from . import memory
+from . import batching, measured, memory, stacking
 from .chain import Chain
 from .coupling import check_rows
 from .diagnostics import Diagnostics, Stream, summarise
 from .guard import RAN_AWAY, Guard
-from .samplers.langevin import StepByStep
 from .state import Fault, NonFiniteError, RunawayError, SampleState, TraceResult
 
 CHECK_EVERY = 16  # steps between two looks at the fault flags; a faulty chain stops at once in the kernel
@@ -76,7 +75,7 @@ class Chains:
             for rows in self._rows():
                 self.x[rows] = initial(rows.start, rows.stop - rows.start, 0)
         if chain is None and run.batch_size is None:
-            self.batch = self._fitting()
+            self.batch = self._fastest(self._fitting())
         self.halved_from: int | None = None
         self.batch = min(self.batch, run.halved.get((call.shape, call.device), self.batch))
         self.step, self.faults = call.step.clone(), call.faults.clone()
@@ -174,16 +173,42 @@ class Chains:
             return most
         key = call.shape, call.dtype, call.device
         if key not in run.fitting:
-            sigma = self.coefficients.sigma[0] if self.coefficients.sigma else None
-
-            def work(rows: int) -> None:
-                chosen = torch.arange(rows) % call.n
-                conditions = {name: c[chosen] for name, c in call.conditions.items()}
-                with torch.enable_grad():
-                    run.plan.bind(self.x[chosen.to(call.device)], conditions).gradients(self.x[chosen.to(call.device)], sigma)
-
-            run.fitting[key] = memory.fitting(work, limit or memory.total(call.device) // 2, call.device)
+            run.fitting[key] = memory.fitting(
+                lambda rows: self._trial(rows)(), limit or memory.total(call.device) // 2, call.device)
         return min(most, run.fitting[key])
+
+    def _trial(self, rows: int):
+        """A function that takes the models' part of a step of so many chains."""
+        call, sigma = self.call, self.coefficients.sigma[0] if self.coefficients.sigma else None
+        chosen = torch.arange(rows) % call.n
+        x = self.x[chosen.to(call.device)]
+        evaluator = self.run_.plan.bind(x, {name: c[chosen] for name, c in call.conditions.items()})
+
+        def step():
+            with torch.enable_grad():
+                evaluator.gradients(x, sigma)
+
+        return step
+
+    def _fastest(self, most: int) -> int:
+        """The micro-batch of at most `most` chains that is fastest on this CPU, where the run is long enough to find out."""
+        call, run = self.call, self.run_
+        steps = (call.target - call.base) * call.n / max(most, 1)
+        plan, key = run.plan, (call.shape, call.dtype, most)
+        if call.device.type != "cpu" or most < 2 or steps < batching.WORTH or plan.compile or self.branch is not None:
+            return most
+        if not measured.allowed():
+            return most
+        if key not in run.rates:
+            kinds = [stacking.known(leaf.source.model) for leaf in plan.leaves]
+            facts = "batch", plan.program.codes, kinds, *key, plan.compute_dtype, plan.channels_last, plan.stack
+
+            def measure():
+                return batching.measure(self._trial, most)
+
+            own = None in kinds  # functions: nothing tells them apart in another process
+            run.rates[key] = measure() if own else measured.once(measured.key(*facts, device=call.device), measure)
+        return batching.fastest(run.rates[key], most)
 
     def _evaluator(self, rows: slice, whole: bool = False):
         """What evaluates those chains: `whole`, the composition even where every chain has a branch of its own."""
@@ -208,15 +233,16 @@ class Chains:
         kernel = self.run_.captures.wrap(
             kernel, self.backend, call.device, watched=self.callback is not None, at_once=at_once)
         state = kernel.init(x, first, faults, {name: values[rows] for name, values in self.carried.items()})
-        watched = isinstance(kernel, StepByStep) and call.target - first > CHECK_EVERY
-        guard = Guard(evaluator.total, self.coefficients, self.run_.plan.data_range, x, first) if watched else None
+        watched = kernel.knows_energy and call.target - first > CHECK_EVERY
+        guard = Guard(self.coefficients, self.run_.plan.data_range, x, first) if watched else None
         looked = first
         while state.step < call.target and not stop.requested:
             before = state.step
-            state = kernel.advance(state, self._until(before, kernel.stride))
+            state = kernel.advance(state, self._until(before, kernel.stride, guard))
             if state.step - looked >= (1 if at_once else CHECK_EVERY):
-                if guard is not None and state.step >= guard.due and kernel.info is not None:
-                    guard.look(state, kernel.info.leaf_energies, self._sigma_of(state.step - 1))
+                if guard is not None and state.step >= guard.due:
+                    sigma = self._sigma_of(state.step - 1)
+                    guard.look(state, kernel.energy(evaluator, sigma), sigma)
                 if kernel.suspect(state):
                     self._handle_faults(rows, kernel, state, guard)
                 looked = state.step
@@ -233,9 +259,11 @@ class Chains:
             self._accepted = torch.zeros(call.n, device=call.device) if self._accepted is None else self._accepted
             self._accepted[rows] = accepted
 
-    def _until(self, step: int, stride: int) -> int:
+    def _until(self, step: int, stride: int, guard: Guard | None) -> int:
         """Where the next call of a kernel ends: after `stride` steps, or where something has to be looked at."""
         until = min(self.call.target, step + stride)
+        if guard is not None:
+            until = min(until, max(guard.due, step + 1))
         if self.callback is not None:
             return step + 1
         if self.trace is not None:

@@ -26,10 +26,10 @@ RAN_AWAY = 0xFFFF  # in the place of a leaf in a fault's code
 
 
 class Guard:
-    """Looks after the chains of one micro-batch; `due` is the step of the next look, `total` (leaf energies, σ) → E."""
+    """Looks after the chains of one micro-batch; `due` is the step of the next look."""
 
-    def __init__(self, total, coefficients, data_range: tuple[float, float] | None, x: torch.Tensor, start: int):
-        self.total, self.begun, self.due = total, start, start + FIRST
+    def __init__(self, coefficients, data_range: tuple[float, float] | None, x: torch.Tensor, start: int):
+        self.begun, self.due = start, start + FIRST
         temperature = coefficients.temperature()[1]
         self.margin = FALL * x[0].numel() * (temperature if 1.0 < temperature < math.inf else 1.0)
         self.scale = max(map(abs, (*(data_range or ()), *coefficients.noise)), default=0.0)
@@ -43,11 +43,11 @@ class Guard:
         self.anew.append(row)
 
     @torch.no_grad()
-    def look(self, state, leaf_energies, sigma: float | None) -> None:
-        """Give a fault to every chain that has run away; `leaf_energies` K × `[B]` are those of the last step."""
+    def look(self, state, energy: torch.Tensor, sigma: float | None) -> None:
+        """Give a fault to every chain that has run away; `energy` `[B]` is that of the last step."""
         x, faults = state.x.reshape(len(state.x), -1), state.faults
         self.due = state.step + max(FIRST, (state.step - self.begun) // SPREAD)
-        energy = self.total([e.detach() for e in leaf_energies], sigma).to(x.dtype)
+        energy = energy.to(x.dtype, copy=True)
         if self.origin is None or sigma != self.sigma:
             self._first(x, energy, sigma)
         for row in self.anew:

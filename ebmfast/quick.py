@@ -36,7 +36,8 @@ class QuickCall:
     @staticmethod
     def fits(run, chain: Chain | None) -> bool:
         """Whether calls of `run` can be quick ones."""
-        return type(chain) is Chain and run.sampler.fixed_schedule and run.sampler.noise_levels() is None
+        sampler = run.sampler
+        return type(chain) is Chain and sampler.fixed_schedule and not sampler.needs_energies and sampler.noise_levels() is None
 
     def __call__(self, n: int | None, seed, conditions: Mapping | None, x: Tensor, first_chain: int) -> Result | None:
         """The result, or None where the general path has to look at the arguments."""

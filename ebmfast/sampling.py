@@ -9,7 +9,7 @@ from contextlib import ExitStack
 
 import torch
 
-from . import backends, memory, rng
+from . import backends, batching, memory, rng
 from ._checks import indexed
 from .branches import Branches, DrawBranches
 from .capture import GRAPHS, Captures
@@ -56,7 +56,8 @@ def sample(expr: Expression, n: int | None = None, shape=None, sampler: Sampler 
         first_chain: id of the first chain; a shard of a larger run passes its offset.
         frozen_mask: bool `S` or `[n, *S]`; where True, x never moves (inpainting).
         batch_size: chains per micro-batch, all of whose steps run before the next starts. The default keeps gradients
-            within 8 MiB, and all of a step within half of the memory.
+            within 8 MiB, and all of a step within half of the memory; on a CPU, longer runs of slower models take what
+            is measured to be fastest of that and its halves (`EBMFAST_MEASURE=0`: no measuring). `run.explain()` shows the times.
         memory_limit: bytes, or text like "2GB": the micro-batch is the greatest whose step fits, as measured.
         device: where chains run; several, as ["cuda:0", "cuda:1"], share them in contiguous blocks, each with a copy of the
             models, and results come to the first.
@@ -171,6 +172,7 @@ class Run:
         self.captures = Captures(capture)
         self.fitting: dict = {}  # micro-batches that fit the memory: by shape, dtype and device
         self.halved: dict = {}  # micro-batches after memory was out: by shape and device
+        self.rates: dict = {}  # measured seconds of smaller and smaller micro-batches: by shape, dtype and the largest one
         self._chains: dict[tuple[tuple[int, ...], torch.device], Chain | NotNative] = {}
         self._quick: dict[int, QuickCall] = {}
         self._lock = threading.RLock()  # over the two
@@ -242,6 +244,7 @@ class Run:
         """The plan, the sampler, and the backend and engine that would run on this machine."""
         backend = backends.resolve(self.backend_name, _device(self.device, self.plan))
         lines = [self.plan.explain(self.shape), f"sampler      {self.sampler!r}", f"backend      {backend.name}"]
+        lines += [f"micro-batch  {batching.describe(times, key[-1])}" for key, times in self.rates.items() if len(times) > 1]
         if self.engine_name == "step" or backend.name not in CHAINS:
             why = "as asked" if self.engine_name == "step" else f"the one of backend {backend.name}"
         elif self.sampler.native_options() is None:

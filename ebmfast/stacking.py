@@ -6,25 +6,19 @@ kept in the user's cache folder. Source of the technique: `torch.func.stack_modu
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import platform
-import threading
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from . import measured
+
 MARGIN = 0.9  # a stack has to take less than this share of the branches' time
 PATIENCE = 0.05  # seconds; what takes longer is timed once
 _PLAIN = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_lock = threading.Lock()
-_measuring = threading.Lock()  # threads of several devices choose alike: the first measures
 
 
 def architecture(model) -> tuple | None:
@@ -178,17 +172,10 @@ def candidates(passes: list) -> list[list]:
 
 
 def _measured(evaluator, members: list, stack: Stacked, x: Tensor) -> tuple[bool, str]:
-    if os.environ.get("EBMFAST_MEASURE") == "0":
+    if not measured.allowed():
         return False, "measuring is switched off (EBMFAST_MEASURE=0)"
     key = _key(evaluator, members, x)
-    with _measuring:
-        with _lock:
-            known = _Cache.read().get(key)
-        if known is None:
-            known = _times(evaluator, members, stack, x)
-            with _lock:
-                _Cache.add(key, known)
-    branches, stacked = known
+    branches, stacked = measured.once(key, lambda: _times(evaluator, members, stack, x))
     return stacked < MARGIN * branches, f"measured {1e3 * stacked:.3g} ms stacked, {1e3 * branches:.3g} ms in branches"
 
 
@@ -218,57 +205,11 @@ def _times(evaluator, members, stack, x) -> tuple[float, float]:
 
 def _key(evaluator, members, x: Tensor) -> str:
     """What a measurement depends on."""
-    kind = architecture(members[0].group.source.model)
-    machine = torch.cuda.get_device_name(x.device) if x.is_cuda else f"{platform.processor()} {platform.machine()} {_cpu()}"
-    known = [(name, f"{cls.__module__}.{cls.__qualname__}", *rest) for name, cls, *rest in kind]
-    facts = (known, members[0].form, len(members), tuple(x.shape), x.dtype, evaluator.plan.compute_dtype,
-             evaluator.plan.channels_last, machine, torch.get_num_threads(), torch.__version__)
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
+    return measured.key("stacking", known(members[0].group.source.model), members[0].form, len(members), tuple(x.shape), x.dtype,
+                        evaluator.plan.compute_dtype, evaluator.plan.channels_last, device=x.device)
 
 
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
-    except (OSError, StopIteration):
-        return ""
-
-
-class _Cache:
-    """Measured times, `{key: (seconds in branches, seconds stacked)}`, in a file of the user's cache folder."""
-
-    MOST = 4096
-    _known: dict[str, tuple[float, float]] | None = None
-    _from: Path | None = None
-
-    @staticmethod
-    def path() -> Path:
-        folder = os.environ.get("EBMFAST_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "ebmfast")
-        return Path(folder).expanduser() / "stacking.json"
-
-    @classmethod
-    def read(cls) -> dict:
-        if cls._known is None or cls._from != cls.path():
-            cls._from = cls.path()
-            try:
-                found = json.loads(cls._from.read_text())
-                cls._known = {k: (float(a), float(b)) for k, (a, b) in found.items()}
-            except (OSError, ValueError, AttributeError, TypeError):
-                cls._known = {}
-        return cls._known
-
-    @classmethod
-    def add(cls, key: str, times: tuple[float, float]) -> None:
-        known = cls.read()
-        known[key] = times
-        for old in list(known)[:-cls.MOST]:
-            del known[old]
-        try:
-            cls._from.parent.mkdir(parents=True, exist_ok=True)
-            partial = cls._from.with_suffix(f".{os.getpid()}.tmp")
-            partial.write_text(json.dumps(known))
-            partial.replace(cls._from)
-        except OSError:
-            pass  # a folder that cannot be written to: measured again by the next process
-
-
+def known(model) -> list | None:
+    """The architecture of a model in words that another process understands; None where there are none."""
+    kind = architecture(model)
+    return None if kind is None else [(name, f"{cls.__module__}.{cls.__qualname__}", *rest) for name, cls, *rest in kind]

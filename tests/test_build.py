@@ -97,7 +97,8 @@ def test_products_of_matrices_use_the_registers_of_the_level(level):
 
 
 def test_no_stl():
-    files = ("kernels.cpp", "kernels.h", "chain_kernels.cpp", "chain_kernels.h", "simd.h", "philox.h", "lane_math.h")
+    files = ("kernels.cpp", "kernels.h", "chain_kernels.cpp", "chain_kernels.h", "chain_tile.h", "chain_langevin.h",
+             "chain_metropolis.h", "simd.h", "philox.h", "lane_math.h")
     allowed = {"stddef.h", "stdint.h", "immintrin.h", *files}
     for name in files:
         assert set(re.findall(r"#include [<\"](.*)[>\"]", (CSRC / name).read_text())) <= allowed, name

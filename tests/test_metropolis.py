@@ -157,14 +157,6 @@ def test_proposals_that_are_not_finite_are_rejected_and_starts_are_faults(name):
     assert anew.x[7] <= 3 and [f.chain for f in anew.report.faults] == [7]
 
 
-def test_native_energies_run_in_the_step_engine_and_explain_says_so():
-    run = ef.prepare(ef.Concept(ef.energies.DoubleWell()), ef.MALA(0.1), shape=(2,), steps=2)
-    assert "engine       step, the one that MALA runs in" in run.explain()
-    assert run(3, 0).report.engine == "step"
-    with pytest.raises(ValueError, match="MALA.* takes its steps in the step engine"):
-        ef.sample(ef.Concept(ef.energies.DoubleWell()), n=2, shape=(2,), sampler=ef.MALA(0.1), steps=1, engine="chain")
-
-
 @pytest.mark.parametrize(("make", "message"), [
     (lambda: ef.MALA(1.0, bounds=(1.0, 0.0)), "`bounds` must be .low, high. with low < high"),
     (lambda: ef.MALA(1.0, grad_clip_norm=0.0), "`grad_clip_norm` must be positive"),

@@ -6,11 +6,12 @@ import threading
 
 import pytest
 import torch
+from conftest import same_bits
 from models import ConditionalQuadratic, Net, NoisedGaussian, Quadratic, gaussian
 from torch import nn
 
 import ebmfast as ef
-from ebmfast import memory, stacking
+from ebmfast import batching, measured, memory, stacking
 from ebmfast.plan import Plan
 
 X = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
@@ -20,7 +21,7 @@ SAMPLER = ef.Langevin(step_size=0.05)
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("EBMFAST_CACHE", str(tmp_path))
-    return tmp_path / "stacking.json"
+    return tmp_path / "measured.json"
 
 
 def nets(count=4, **options):
@@ -145,13 +146,13 @@ def test_the_choice_is_measured_once_and_kept(cache, monkeypatch):
         plan = Plan(e, stack="auto")
         assert len(plan.bind(X).passes) == 1 and "measured 1e+03 ms stacked, 2e+03 ms in branches" in plan.explain()
     assert len(calls) == 1 and cache.exists()
-    monkeypatch.setattr(stacking._Cache, "_known", None)  # another process
+    measured.forget()  # another process
     Plan(e, stack="auto").bind(X)
     assert len(calls) == 1
     Plan(e, stack="auto").bind(X[:3])
     assert len(calls) == 2
     cache.write_text("{broken")
-    monkeypatch.setattr(stacking._Cache, "_known", None)
+    measured.forget()
     Plan(e, stack="auto").bind(X)
     assert len(calls) == 3
 
@@ -534,3 +535,61 @@ def test_log_partition_of_gaussians():
     got, error = ef.log_partition(gaussian(1.5, 4.0), (3,), n=400, levels=150, step_size=0.2, std=1.5, seed=1)
     want = 1.5 * math.log(2 * math.pi / 4.0)
     assert error < 0.1 and abs(got - want) < 5 * error + 1e-3
+
+
+class Slow(nn.Module):
+    """E(x) = |x|²/2, and rows that it notes."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        rows.append(len(x))
+        return 0.5 * self.scale * x.square().sum(1)
+
+
+rows: list[int] = []
+
+
+def test_micro_batches_by_halves():
+    assert batching.candidates(1) == [1] and batching.candidates(9) == [9, 5, 3, 2, 1] and batching.candidates(1000)[-1] == 63
+    assert batching.fastest([8.0, 3.0, 2.0], 8) == 4 and batching.fastest([8.0, 3.7, 2.0], 8) == 8, "a tenth at least"
+    assert batching.fastest([1e-4], 8) == 8
+    assert batching.describe([0.008, 0.003], 8) == (
+        "4 of at most 8 chains; ms per chain and step were measured as 8: 1, 4: 0.75")
+
+
+def test_measuring_micro_batches_stops_where_it_gets_worse(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(batching.time, "perf_counter", lambda: now[0])
+
+    def step(n):
+        def work():
+            now[0] += {64: 0.64, 32: 0.16, 16: 0.16, 8: 0.16}[n]
+        return work
+
+    times = batching.measure(step, 64)
+    assert times == pytest.approx([0.64, 0.16, 0.16, 0.16]) and batching.fastest(times, 64) == 32
+    assert len(batching.measure(lambda n: lambda: None, 64)) == 1, "what takes no time is not worth it"
+
+
+def test_the_micro_batch_is_measured_once_kept_shown_and_changes_no_noise(cache, monkeypatch):
+    measure = []
+    monkeypatch.setattr(batching, "measure", lambda step, most: measure.append(most) or step(3)() or [0.03, 0.003])
+    e = ef.Concept(Slow(), name="slow")
+    options = dict(n=30, shape=(1 << 17,), seed=0, init="normal")  # 16 chains by default
+    whole = ef.sample(e, sampler=SAMPLER, steps=22, **options, batch_size=30)
+    for _ in range(2):
+        run = ef.prepare(e, SAMPLER, shape=options["shape"], steps=22)
+        rows.clear()
+        r = run(30, 0, init="normal")
+        assert r.report.micro_batch == 8 and max(rows[3:]) <= 8 and same_bits(r.x, whole.x)
+        assert "micro-batch  8 of at most 16 chains" in run.explain()
+    assert measure == [16] and cache.exists()
+    measured.forget()
+    assert ef.sample(e, sampler=SAMPLER, steps=22, **options).report.micro_batch == 8 and len(measure) == 1
+    short = ef.sample(e, sampler=SAMPLER, steps=2, **options)
+    monkeypatch.setenv("EBMFAST_MEASURE", "0")
+    fixed = ef.sample(e, sampler=SAMPLER, steps=22, **options)
+    assert short.report.micro_batch == fixed.report.micro_batch == 16

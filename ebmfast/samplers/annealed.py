@@ -130,8 +130,8 @@ class Annealed(Dynamics):
         return self.sigmas[0]
 
     def native_options(self) -> dict | None:
-        """What the chain engine has to know of a step beside its coefficients."""
-        return self.inner.native_options()
+        """What the chain engine has to know of a step beside its coefficients; None: it cannot take these steps."""
+        return self.inner.native_options() if isinstance(self.inner, Langevin) else None
 
     def coefficients(self, expression: Expression, steps: int, start: int = 0) -> Coefficients:
         """Drift, noise and level of steps `start` to `start + steps - 1`."""

@@ -50,6 +50,8 @@ def check_mass(mass) -> None:
 def mass_like(mass, x: torch.Tensor) -> torch.Tensor:
     """`mass` as a tensor that broadcasts against `x` `[B, *S]`, or an error."""
     mass = torch.as_tensor(mass, dtype=x.dtype, device=x.device)
-    if mass.ndim > x.ndim - 1 or torch.broadcast_shapes(mass.shape, x.shape[1:]) != x.shape[1:]:
-        raise ValueError(f"`mass` must broadcast to {list(x.shape[1:])}, got {list(mass.shape)}")
+    try:
+        mass.expand(x.shape[1:])
+    except RuntimeError:
+        raise ValueError(f"`mass` must broadcast to {list(x.shape[1:])}, got {list(mass.shape)}") from None
     return mass

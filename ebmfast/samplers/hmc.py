@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 import torch
 
 from .. import rng
+from ..chain import BoundChain
 from .base import check_mass, mass_like
-from .metropolis import Metropolis, MetropolisKernel, check_bounds, coefficients, plus
+from .metropolis import Metropolis, MetropolisChain, MetropolisKernel, check_bounds, coefficients, plus
 from .schedule import Coefficients, Schedule
 from .warmup import DualAveraging
 
@@ -49,6 +50,7 @@ class HMC(Metropolis):
     warmup: DualAveraging | None = None
 
     best_acceptance = 0.8
+    stream = rng.MOMENTUM
 
     def __post_init__(self):
         object.__setattr__(self, "bounds", check_bounds(self.bounds))
@@ -66,8 +68,14 @@ class HMC(Metropolis):
         scale = self.step_scale(carried)
         return None if scale is None else math.sqrt(2 * coefficients.drift[-1]) * scale
 
-    def bind(self, evaluator, backend, coefficients: Coefficients, start: int, **fixed) -> HMCKernel:
+    def native_options(self) -> dict:
+        """What the chain engine has to know of a step beside its coefficients."""
+        return {"metropolis": "hmc", "clamp": self.bounds, "leapfrogs": self.n_leapfrog_steps, "mass": self.mass}
+
+    def bind(self, evaluator, backend, coefficients: Coefficients, start: int, **fixed) -> HMCKernel | MetropolisChain:
         """`init` and `advance` on one micro-batch; `fixed`: seed, first_chain, frozen_mask."""
+        if isinstance(evaluator, BoundChain):
+            return MetropolisChain(self, evaluator, coefficients, start, **fixed)
         return HMCKernel(self, evaluator, backend, coefficients, start, **fixed)
 
 

@@ -132,6 +132,7 @@ class Kernel:
 
     stride = 1  # steps that `advance` is best asked for
     energies_here = False  # whether the energies of `info` are those where chains stand after the step
+    knows_energy = False  # whether `energy` may be asked
 
     def acceptance(self) -> torch.Tensor | None:
         """The share of proposals that each chain accepted since `init`, `[B]`; None where every step is taken."""
@@ -142,6 +143,12 @@ class StepByStep(Kernel):
     """Kernels that take one step at a time: `advance` is a loop over `step`."""
 
     info: LangevinInfo | None = None  # of the last step
+    knows_energy = True
+
+    @torch.no_grad()
+    def energy(self, evaluator, sigma: float | None) -> torch.Tensor:
+        """The composition's energy in the last step, `[B]`."""
+        return evaluator.total([e.detach() for e in self.info.leaf_energies], sigma)
 
     def advance(self, state: LangevinState, until: int) -> LangevinState:
         """Steps up to, and without, step `until`."""
@@ -247,5 +254,9 @@ class ChainKernel(Kernel):
             i, stop = step - self.start, self.coefficients.same_level(step - self.start, until - self.start)
             self.chain.run(
                 x, faults, conditions, drift[i:stop], noise[i:stop], self.coefficients.sigma[i], step=step, seed=self.seed,
-                first_chain=first, frozen_mask=frozen)
+                first_chain=first, frozen_mask=frozen, **self.native(rows))
             step = self.start + stop
+
+    def native(self, rows: slice) -> dict:
+        """What those chains' steps need beside."""
+        return {}

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .metropolis import Metropolis, MetropolisKernel, check_bounds, coefficients, plus, squared_norm
+from ..chain import BoundChain
+from .metropolis import Metropolis, MetropolisChain, MetropolisKernel, check_bounds, coefficients, plus, squared_norm
 from .schedule import Coefficients, Schedule
 from .warmup import DualAveraging
 
@@ -59,8 +60,14 @@ class MALA(Metropolis):
         scale = self.step_scale(carried)
         return None if scale is None else 2 * coefficients.drift[-1] * scale.square()
 
-    def bind(self, evaluator, backend, coefficients: Coefficients, start: int, **fixed) -> MALAKernel:
+    def native_options(self) -> dict:
+        """What the chain engine has to know of a step beside its coefficients."""
+        return {"metropolis": "mala", "clamp": self.bounds, "clip_value": self.grad_clip_value, "clip_norm": self.grad_clip_norm}
+
+    def bind(self, evaluator, backend, coefficients: Coefficients, start: int, **fixed) -> MALAKernel | MetropolisChain:
         """`init` and `advance` on one micro-batch; `fixed`: seed, first_chain, frozen_mask."""
+        if isinstance(evaluator, BoundChain):
+            return MetropolisChain(self, evaluator, coefficients, start, **fixed)
         return MALAKernel(self, evaluator, backend, coefficients, start, **fixed)
 
 
@@ -87,6 +94,7 @@ class MALAKernel(MetropolisKernel):
         self._draw((), None, 0.0, 1.0, t)
         y = plus(plus(x, -drift, here.gradient), noise, z)
         there = self.target(y)
-        # log q(y|x) = -|z|²/2, log q(x|y) = -|x - y + drift ∇E(y)|² / (2 noise²)
-        back = squared_norm(plus(x - y, drift, there.gradient).div_(noise))
-        return y, there, (here.energy - there.energy).div_(temperature).add_(squared_norm(z).sub_(back), alpha=0.5)
+        # With b the noise that leads back, z + b = (drift/noise) (g + g') = c; log q(x|y) - log q(y|x) = (z² - b²)/2 = c (z - c/2).
+        c = (here.gradient + there.gradient).mul_(drift / noise)
+        densities = z.sub_(c, alpha=0.5).mul_(c).reshape(len(z), -1).sum(1)
+        return y, there, (here.energy - there.energy).div_(temperature).add_(densities)

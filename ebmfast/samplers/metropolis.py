@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 import torch
 
-from .. import reference
+from .. import reference, rng
+from ..chain import BoundChain
 from .base import Dynamics
-from .langevin import LangevinInfo, LangevinState, StepByStep
+from .langevin import ChainKernel, LangevinInfo, LangevinState, StepByStep
 from .schedule import Coefficients, positive
 
 Coefficient = float | torch.Tensor  # one for all chains, or one per chain, `[B, 1, ...]`
@@ -105,6 +106,7 @@ class MetropolisKernel(StepByStep):
         if self._scale is not None:
             drift, noise = drift * self._scale.square(), noise * self._scale
         y, there, log_ratio = self.propose(x, here, t, drift, noise, temperature)
+        log_ratio = torch.where(torch.isfinite(there.energy), log_ratio, -torch.inf)
         if self.sampler.bounds is not None:
             log_ratio = torch.where(self._inside(y), log_ratio, -torch.inf)
         self._accepted += self.backend.accept(
@@ -175,6 +177,70 @@ class MetropolisKernel(StepByStep):
         return inside.reshape(len(y), -1).all(1)
 
 
+class MetropolisChain(ChainKernel):
+    """Steps that accept or reject of chains that run whole in the chain engine.
+
+    Where a call begins, the target is evaluated anew at the point where chains stand, which gives the same bits.
+    """
+
+    knows_energy = True
+
+    def __init__(self, sampler, bound: BoundChain, coefficients: Coefficients, start: int, **fixed):
+        super().__init__(bound, coefficients, start, **fixed)
+        self.sampler = sampler
+
+    def init(self, x: torch.Tensor, step: int | None = None, faults: torch.Tensor | None = None,
+             carried=None) -> LangevinState:
+        """The state of chains `x` `[B, *S]` before step `step`."""
+        state, n = super().init(x, step, faults), len(x)
+        self._accepted, self._proposed, self._energy = torch.zeros(n), 0, torch.zeros(n)
+        if self.sampler.warmup is not None and not carried:
+            carried = {"warmup": self.sampler.warmup.begin(n, x.device)}
+        self._carried = carried or {}
+        return state._replace(carried=self._carried)
+
+    def acceptance(self) -> torch.Tensor:
+        """The share of proposals that each chain accepted since `init`, or since the warm-up ended, `[B]`."""
+        return self._accepted / max(self._proposed, 1)
+
+    def energy(self, evaluator, sigma: float | None) -> torch.Tensor:
+        """The composition's energy where chains stand, `[B]`."""
+        return self._energy
+
+    def advance(self, state: LangevinState, until: int) -> LangevinState:
+        """Steps up to, and without, step `until`."""
+        left = self._warming()
+        if 0 < left < until - state.step:
+            state, left = self.advance(state, state.step + left), 0
+        steps = until - state.step
+        state = super().advance(state, until)
+        self._proposed += steps
+        if left and not self._warming():
+            self._accepted.zero_()
+            self._proposed = 0
+        return state
+
+    def catch_up(self, state: LangevinState, row: int, step: int) -> None:
+        """Bring a chain that starts anew at `step` to where the others are."""
+        if self.sampler.warmup is not None:
+            self._carried["warmup"][row] = 0.0
+        super().catch_up(state, row, step)
+
+    def native(self, rows: slice) -> dict:
+        """What those chains' steps need beside: results, the streams, the warm-up."""
+        found = {"accepted": self._accepted[rows].data_ptr(), "energies": self._energy[rows].data_ptr(),
+                 "stream": self.sampler.stream, "accept_stream": rng.ACCEPT}
+        w = self.sampler.warmup
+        if w is not None:
+            target = w.target or self.sampler.best_acceptance
+            found |= {"warm_up": self._carried["warmup"][rows].data_ptr(), "adaptation": [w.steps, target, w.gamma, w.t0, w.kappa]}
+        return found
+
+    def _warming(self) -> int:
+        warmup = self.sampler.warmup
+        return 0 if warmup is None else max(0, warmup.left(self._carried["warmup"]))
+
+
 def squared_norm(rows: torch.Tensor) -> torch.Tensor:
     """|row|² of every chain, `[B]`."""
     return rows.reshape(rows.shape[0], -1).square().sum(1)
@@ -190,6 +256,7 @@ class Metropolis(Dynamics):
 
     needs_energies = True
     best_acceptance: float  # what a warm-up aims at unless told
+    stream = rng.NOISE  # of what proposals are drawn from
 
     @property
     def carried(self) -> tuple[str, ...]:

@@ -50,6 +50,7 @@ struct Case {
     std::vector<uint8_t> frozen;
     std::vector<int64_t> faults;
     NoiseId id;
+    bool warms;
 };
 
 inline Layer random_layer(Random& r, int in, int out, const std::vector<int>& widths) {

@@ -200,6 +200,7 @@ ChainPlan build(const Case& c, bool bf16 = false) {
 struct Result {
     Floats x;
     std::vector<int64_t> faults;
+    Floats accepted, energies, warm_up;  // of samplers that accept or reject
 };
 
 template <class T> std::vector<T> rows(const std::vector<T>& v, int64_t first, int64_t count, int64_t width) {
@@ -208,7 +209,7 @@ template <class T> std::vector<T> rows(const std::vector<T>& v, int64_t first, i
 
 // Chains first .. first + count. The caller's thread is a new one: its scratch has no more than this program needs.
 Result run(ChainPlan& plan, const Case& c, int64_t first, int64_t count, int threads) {
-    Result done{rows(c.x, first, count, c.size), rows(c.faults, first, count, 1)};
+    Result done{rows(c.x, first, count, c.size), rows(c.faults, first, count, 1), Floats(size_t(count)), Floats(size_t(count)), Floats(size_t(4 * count))};
     std::vector<Floats> conditions;
     for (size_t s = 0; s < c.widths.size(); ++s) conditions.push_back(rows(c.conditions[s], first, count, c.widths[s]));
     const bool own = c.frozen_per_chain && !c.frozen.empty();
@@ -217,6 +218,8 @@ Result run(ChainPlan& plan, const Case& c, int64_t first, int64_t count, int thr
     id.first_chain += uint64_t(first);
     ChainCall call{done.x.data(), count, id, int64_t(c.drift.size()), c.drift.data(), c.noise.data(), {},
                    pointer(frozen), own, done.faults.data(), threads};
+    call.accepted = done.accepted.data(), call.energies = done.energies.data(), call.accept_stream = 3;
+    if (c.warms) call.warm_up = {done.warm_up.data(), 2, 0.6f, 0.05f, 10, 0.75f};
     for (const Floats& condition : conditions) call.conditions.push_back(condition.data());
     bool fine = false;
     std::thread([&] { fine = plan.run(call); }).join();
@@ -271,6 +274,53 @@ void test_chain(uint64_t seed) {
     });
 }
 
+// One step of MALA, or of HMC with one leapfrog and unit mass, proposes what a step of Langevin dynamics does: a chain is there, or where it
+// was. Then more steps: neither threads nor neighbours change a bit.
+void test_metropolis(uint64_t seed) {
+    context = "metropolis " + std::to_string(seed);
+    Random r(seed);
+    Case c = random_case(seed);
+    const bool hmc = r.chance(0.5), bounded = c.clamps;
+    c.noise_first = c.clamps = false;
+    if (hmc) c.clips = c.clips_norm = false;
+    c.drift[0] = 0.5f * c.noise[0] * c.noise[0];  // at temperature 1
+    c.drift.resize(1), c.noise.resize(1);
+    const Doubles proposals = naive_run(c);
+    c.clamps = bounded;
+    const auto plan_of = [&](int leapfrogs) {
+        ChainPlan plan = build(c);
+        plan.set_metropolis(hmc ? ChainDynamics::hmc : ChainDynamics::mala, leapfrogs, hmc && leapfrogs > 1 ? Floats(size_t(c.size), 0.5f) : Floats());
+        return plan;
+    };
+    Case longer = c;
+    longer.drift.assign(5, c.drift[0]), longer.noise.assign(5, c.noise[0]);
+    longer.warms = r.chance(0.5);
+    ChainPlan one = plan_of(1), more = plan_of(3);
+    each_level([&] {
+        one.refresh();
+        const Result moved = run(one, c);
+        for (int64_t chain = 0; chain < c.chains; ++chain) {
+            const bool taken = moved.accepted[size_t(chain)] == 1;
+            CHECK(taken || moved.accepted[size_t(chain)] == 0, "accepted %g of one", double(moved.accepted[size_t(chain)]));
+            CHECK(!taken || c.faults[size_t(chain)] == 0, "chain %d has a fault and moved", int(chain));
+            for (int64_t i = chain * c.size; i < (chain + 1) * c.size; ++i) {
+                const double want = taken ? proposals[size_t(i)] : c.x[size_t(i)], error = std::abs(moved.x[size_t(i)] - want);
+                CHECK(error <= (taken ? kTolerance * (1 + std::abs(want)) : 0), "chain %d, %s: off by %g", int(chain), taken ? "taken" : "left", error);
+            }
+        }
+        more.refresh();
+        const Result many = run(more, longer);
+        check_bits("x by threads", run(more, longer, 3).x, many.x);
+        for (const int64_t chain : {int64_t(0), c.chains / 2, c.chains - 1}) {
+            const Result alone = run(more, longer, chain, 1, 1);
+            check_bits("x of a chain alone", alone.x, rows(many.x, chain, 1, c.size));
+            check_bits("accepted", alone.accepted, rows(many.accepted, chain, 1, 1));
+            check_bits("warm-up", alone.warm_up, rows(many.warm_up, chain, 1, 4));
+            CHECK(!longer.warms || c.faults[size_t(chain)] != 0 || alone.warm_up[3] == 2, "%g steps of a warm-up", double(alone.warm_up[3]));
+        }
+    });
+}
+
 struct OnDevice {
     Result moved;
     Floats energies;
@@ -287,7 +337,7 @@ OnDevice run_on_device(const Case& c, int64_t first, int64_t count, Product prod
     const auto& image = plan.image(base);
     std::copy(image.begin(), image.end(), reinterpret_cast<unsigned char*>(blob.data()));
     plan.prepare(base, nullptr);
-    OnDevice done{{rows(c.x, first, count, c.size), rows(c.faults, first, count, 1)}, Floats(c.units.size() * size_t(count), NAN), plan.choose(count)};
+    OnDevice done{{rows(c.x, first, count, c.size), rows(c.faults, first, count, 1), {}, {}, {}}, Floats(c.units.size() * size_t(count), NAN), plan.choose(count)};
     std::vector<Floats> conditions;
     std::vector<const float*> pointers;
     for (size_t s = 0; s < c.widths.size(); ++s) conditions.push_back(rows(c.conditions[s], first, count, c.widths[s]));
@@ -485,7 +535,7 @@ int main() {
         for (const uint64_t first : {0ull, (1ull << 32) - 2}) test_fill(batch, size, first);
         for (uint64_t seed = 0; seed < 12; ++seed) test_step(batch, size, seed);
     }
-    for (uint64_t seed = 0; seed < 200; ++seed) test_chain(seed), test_device(seed);
+    for (uint64_t seed = 0; seed < 200; ++seed) test_chain(seed), test_metropolis(seed), test_device(seed);
     for (const bool with_or : {false, true}) {
         for (const bool clips_norm : {false, true}) test_overflow(with_or, clips_norm);
     }
