@@ -16,8 +16,8 @@ import torch
 import ebmfast as ef
 from bench.timing import Variant, compare, quantiles, record
 from ebmfast import energies
-from ebmfast.bench.peers import DRIFT, NOISE, composed, jax_chain, jax_networks, networks, start, torchebm
 from ebmfast._native import core
+from ebmfast.benchmark.peers import DRIFT, NOISE, composed, jax_chain, jax_networks, networks, start, torchebm
 
 PEAK_ROUNDS = 20_000_000
 CORES = os.sched_getaffinity(0)

@@ -1,11 +1,11 @@
-"""Timing (`ebmfast.bench.timing`), and where results of these benches go: bench/results/*.jsonl."""
+"""Timing (`ebmfast.benchmark.timing`), and where results of these benches go: bench/results/*.jsonl."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from ebmfast.bench.timing import Variant, append, compare, copy_bandwidth, machine, quantiles
+from ebmfast.benchmark.timing import Variant, append, compare, copy_bandwidth, machine, quantiles
 
 __all__ = ["Variant", "compare", "copy_bandwidth", "quantiles", "record"]
 

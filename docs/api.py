@@ -13,13 +13,14 @@ PAGES = {
         "Concept", "Family", "Slot", "Expression", "all_of", "any_of", "negate", "with_prior", "parse", "from_json", "AboveSigma",
         "PiecewiseSigma", "UngroundedNegationError")),
     "sampling": ("Sampling", "ebmfast", (
-        "sample", "prepare", "Run", "Result", "Report", "SampleState", "Trace", "TraceResult", "StepInfo", "Fault", "NonFiniteError",
-        "RunawayError", "Interrupted", "CoupledError", "DrawBranches", "log_partition", "root_branches")),
+        "sample", "prepare", "Run", "Result", "Report", "SampleState", "Trace", "TraceResult", "StepInfo", "Fault",
+        "NonFiniteError", "RunawayError", "Interrupted", "CoupledError", "DrawBranches", "log_partition", "root_branches")),
     "samplers": ("Samplers", "ebmfast", ("Langevin", "MALA", "HMC", "BAOAB", "Annealed", "DualAveraging")),
     "energies": ("Native energies", "ebmfast.energies", None),
     "diagnostics": ("Diagnostics", "ebmfast.diagnostics", ("split_rhat", "ess", "Diagnostics")),
     "rng": ("Noise", "ebmfast.rng", ("normal", "uniform", "resolve_seed")),
-    "zoo": ("Bundled models", "ebmfast.zoo", ("concepts", "recommended", "own_priors", "card", "names", "load", "load_from", "family")),
+    "zoo": ("Bundled models", "ebmfast.zoo", (
+        "concepts", "recommended", "own_priors", "card", "names", "load", "load_from", "family")),
     "compat-torchebm": ("torchebm's samplers", "ebmfast.compat.torchebm", ("LangevinDynamics", "HamiltonianMonteCarlo")),
     "compat-research": ("Research loops", "ebmfast.compat.research", None),
 }

@@ -22,8 +22,8 @@ SCENES = (
 PAGE = """\
 # Gallery
 
-Samples of the four bundled models (shape, color, position, size), each trained alone on rendered 32×32 scenes. The expression under a
-picture is all that was asked for; `make docs` draws them again, and
+Samples of the four bundled models (shape, color, position, size), each trained alone on rendered 32×32 scenes. The expression under
+a picture is all that was asked for; `make docs` draws them again, and
 
     ebmfast sample "shape('cube') & color('red')" --n 6 --out grid.png
 

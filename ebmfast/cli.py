@@ -1,4 +1,4 @@
-"""The command line: `ebmfast sample | demo | train | scenes | evaluate | models | doctor`."""
+"""The command line: `ebmfast sample | demo | train | scenes | evaluate | models | bench | doctor`."""
 
 from __future__ import annotations
 
@@ -53,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_lazy(commands, "train", "train one concept on the scene data set", "training.cli")
     _add_lazy(commands, "scenes", "render the scene data set (needs Mitsuba 3)", "scenes.cli")
     _add_lazy(commands, "evaluate", "measure composition accuracy with the bundled judge", "evaluation")
+    _add_lazy(commands, "bench", "this machine's own table against the libraries installed here", "benchmark.quick")
     doctor = commands.add_parser("doctor", help="versions, backends, and checks that run the kernels")
     doctor.set_defaults(run=_doctor)
     return parser

@@ -15,26 +15,42 @@ DRIFT, NOISE = 1e-3, 0.02
 
 
 def networks(dim: int, width: int, leaves: int = 4) -> list[energies.MLP]:
+    """Networks dim-width-width-1, the same in every process."""
     torch.manual_seed(0)
     return [energies.MLP(dim, (width, width)).requires_grad_(False) for _ in range(leaves)]
 
 
-def composed(nets, either: bool = False):
+def composed(nets, either: bool = False) -> composition.Expression:
+    """Their AND, or with `either` their OR."""
     concepts = [composition.Concept(net, name=f"net{k}") for k, net in enumerate(nets)]
     return composition.any_of(concepts) if either else composition.all_of(concepts)
 
 
-def start(chains: int, dim: int) -> torch.Tensor:
-    return torch.randn(chains, dim, generator=torch.Generator().manual_seed(1))
+def start(chains: int, *shape: int) -> Tensor:
+    """Starting points, the same in every process."""
+    return torch.randn(chains, *shape, generator=torch.Generator().manual_seed(1))
 
 
-def lands_with_ours(step_without_noise, expr, x: torch.Tensor) -> None:
+def lands_with_ours(step_without_noise: Callable[[Tensor, int], Tensor], expr, x: Tensor) -> None:
     """Five noise-free steps of a peer end where ours do."""
     run = sampling.prepare(expr, Langevin(drift=DRIFT, noise=0.0), shape=x.shape[1:], steps=5, energies=False)
     torch.testing.assert_close(step_without_noise(x, 5), run(x=x, seed=0).x, rtol=1e-4, atol=1e-5)
 
 
-def torchebm(energy, expr, x: torch.Tensor, steps: int) -> Variant:
+def eager(energy: Callable[[Tensor], Tensor], expr, x: Tensor, steps: int) -> Variant:
+    """The loop that one would write."""
+    def draw(x: Tensor, n: int, noise: float) -> Tensor:
+        for _ in range(n):
+            leaf = x.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(energy(leaf).sum(), leaf)
+            x = x - DRIFT * gradient + noise * torch.randn_like(x)
+        return x.detach()
+
+    return Variant("eager", lambda: draw(x, steps, NOISE), lambda: lands_with_ours(lambda y, n: draw(y, n, 0.0), expr, x))
+
+
+def torchebm(energy: Callable[[Tensor], Tensor], expr, x: Tensor, steps: int) -> Variant:
+    """torchebm's sampler, unmodified."""
     from torchebm.core import BaseModel
     from torchebm.samplers import LangevinDynamics
 
@@ -49,8 +65,8 @@ def torchebm(energy, expr, x: torch.Tensor, steps: int) -> Variant:
     return Variant("torchebm", lambda: draw(x, steps, scale), lambda: lands_with_ours(lambda y, n: draw(y, n, 1e-30), expr, x))
 
 
-def jax_chain(energy, expr, x: torch.Tensor, steps: int, name: str = "jax") -> Variant:
-    """`energy` maps a batch `[B, D]` to `[B]` in jax.numpy."""
+def jax_chain(energy: Callable, expr, x: Tensor, steps: int, name: str = "jax") -> Variant:
+    """The whole chain under jit; `energy` maps a batch `[B, D]` to `[B]` in jax.numpy."""
     import jax
     import jax.numpy as jnp
 
