@@ -6,7 +6,7 @@ CMAKE := $(or $(shell command -v cmake 2>/dev/null),$(VENV)/bin/cmake)
 NATIVE := $(wildcard csrc/* csrc/*/* cmake/*) CMakeLists.txt
 INTERPRETED := $(addprefix tests/,test_triton.py test_capture.py test_step.py test_rng.py test_accept.py)
 
-.PHONY: demo test lint bench docs sanitize clean
+.PHONY: demo test lint bench docs typecheck sanitize clean
 
 # Rebuilt whenever the native sources or the requirements change; Python files need no reinstall.
 $(STAMP): pyproject.toml constraints.txt $(NATIVE)
@@ -29,7 +29,12 @@ test: $(STAMP) $(VENV)/.triton
 	TRITON_INTERPRET=1 EBMFAST_REQUIRE=$$EBMFAST_REQUIRE,triton $(VENV)/bin/python -m pytest -q $(INTERPRETED); fi
 
 lint: $(STAMP)
-	$(VENV)/bin/ruff check ebmfast kernels tests bench
+	$(VENV)/bin/ruff check ebmfast kernels tests bench docs
+	$(VENV)/bin/mypy --strict tests/typing
+
+# What users see is typed, strictly.
+typecheck: $(STAMP)
+	$(VENV)/bin/mypy --strict tests/typing
 
 # API pages and pictures, from the code.
 docs: $(STAMP)

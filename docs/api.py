@@ -8,6 +8,9 @@ import re
 from pathlib import Path
 
 HERE = Path(__file__).parent / "api"
+# What drivers and kernels ask of samplers and states.
+INTERNAL = {"bind", "coefficients", "carry", "step_sizes", "step_scale", "native_options", "native_step", "describe", "begin",
+            "update", "scale", "left", "noise_levels", "initial_scale", "needs_energies", "clamp", "carried", "fixed_schedule"}
 PAGES = {
     "composition": ("Composition", "ebmfast", (
         "Concept", "Family", "Slot", "Expression", "all_of", "any_of", "negate", "with_prior", "parse", "from_json", "AboveSigma",
@@ -49,7 +52,7 @@ def _entry(thing, name: str, level: int) -> list[str]:
     lines = [f"{'#' * level} {name}", "", "```text", f"{name}{_signature(thing)}", "```", "", _prose(thing), ""]
     if inspect.isclass(thing):
         for member, value in vars(thing).items():
-            if not member.startswith("_"):
+            if not member.startswith("_") and member not in INTERNAL:
                 lines += _member(value, member, level + 1)
     return lines
 

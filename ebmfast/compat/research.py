@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ from ..samplers import MALA, Langevin
 
 __all__ = ["AnnealedCHASampler", "AnnealedMALASampler", "AnnealedUHASampler", "AnnealedULASampler", "get_sample_q", "paper_loop"]
 
+Energy = Expression | Callable[..., Tensor]
 WHOLE = 1 << 62  # chains per micro-batch: model arguments belong to the whole batch
 
 
@@ -72,8 +74,8 @@ class _Density:
 class _Annealed:
     """A sampler with a step size for each of `num_steps` densities."""
 
-    def __init__(self, num_steps: int, num_samples_per_step: int, step_sizes: Sequence[float], gradient_function: Callable, *,
-                 generator: torch.Generator | None = None):
+    def __init__(self, num_steps: int, num_samples_per_step: int, step_sizes: Sequence[float],
+                 gradient_function: Callable[..., Any], *, generator: torch.Generator | None = None) -> None:
         if len(step_sizes) != num_steps:
             raise ValueError(f"`step_sizes` must have one value per step, {num_steps}, got {len(step_sizes)}")
         self._num_steps, self._num_samples_per_step, self._step_sizes = num_steps, num_samples_per_step, step_sizes
@@ -85,7 +87,7 @@ class _Annealed:
     def _prepare(self, shape: torch.Size) -> sampling.Run:
         raise NotImplementedError
 
-    def sample_step(self, x: Tensor, t: int, ts, model_args: Mapping) -> Tensor:
+    def sample_step(self, x: Tensor, t: int, ts: Any, model_args: Mapping[str, Any]) -> Tensor:
         """`num_samples_per_step` steps at density `t` from x `[B, *S]`; the model is called with `ts` and `model_args`."""
         self._density.ts, self._density.args, self._size = ts, dict(model_args), float(self._step_sizes[t])
         if x.shape[1:] not in self._runs:
@@ -125,8 +127,9 @@ class AnnealedMALASampler(_Annealed):
 class _Hamiltonian:
     """Leapfrog steps whose momenta are kept in part: v <- γ v + √(1 - γ²) M z."""
 
-    def __init__(self, num_steps: int, num_samples_per_step: int, step_sizes: Sequence[float], damping_coeff: float, mass_diag_sqrt,
-                 num_leapfrog_steps: int, gradient_function: Callable, *, generator: torch.Generator | None = None):
+    def __init__(self, num_steps: int, num_samples_per_step: int, step_sizes: Sequence[float], damping_coeff: float,
+                 mass_diag_sqrt: Sequence[float | Tensor], num_leapfrog_steps: int, gradient_function: Callable[..., Any], *,
+                 generator: torch.Generator | None = None) -> None:
         if len(step_sizes) != num_steps:
             raise ValueError(f"`step_sizes` must have one value per step, {num_steps}, got {len(step_sizes)}")
         if not 0 <= damping_coeff <= 1:
@@ -177,7 +180,7 @@ class AnnealedUHASampler(_Hamiltonian):
         return self._density.score(x)
 
     @torch.no_grad()
-    def sample_step(self, x: Tensor, t: int, ts, model_args: Mapping) -> Tensor:
+    def sample_step(self, x: Tensor, t: int, ts: Any, model_args: Mapping[str, Any]) -> Tensor:
         """`num_samples_per_step` trajectories at density `t` from x `[B, *S]`."""
         size, mass, seed, v = self._begin(x, t, ts, model_args)
         x = x.detach()
@@ -199,7 +202,7 @@ class AnnealedCHASampler(_Hamiltonian):
         return gradient
 
     @torch.no_grad()
-    def sample_step(self, x: Tensor, t: int, ts, model_args: Mapping) -> Tensor:
+    def sample_step(self, x: Tensor, t: int, ts: Any, model_args: Mapping[str, Any]) -> Tensor:
         """`num_samples_per_step` proposals at density `t` from x `[B, *S]`."""
         size, mass, seed, v = self._begin(x, t, ts, model_args)
         x, chains = x.detach(), torch.arange(len(x), device=x.device)
@@ -221,7 +224,7 @@ class AnnealedCHASampler(_Hamiltonian):
         return x
 
 
-def get_sample_q(args, device):
+def get_sample_q(args: Any, device: str | torch.device) -> Callable[..., Tensor]:
     """JEM's `sample_q(f, replay_buffer, y=None, n_steps=args.n_steps)`: x <- x + lr ∇f(x, y) + std z, f = -E.
 
     `args` has batch_size, n_steps, sgld_lr, sgld_std, reinit_freq, n_classes, and im_sz and n_ch where they are not 32 and 3.
@@ -263,7 +266,7 @@ def get_sample_q(args, device):
     return sample_q
 
 
-def paper_loop(energy, x: Tensor, num_steps: int = 60, step_lr: float = 100.0, noise: float = 0.001,
+def paper_loop(energy: Energy | Sequence[Energy], x: Tensor, num_steps: int = 60, step_lr: float = 100.0, noise: float = 0.001,
                clip: tuple[float, float] | None = (0.0, 1.0), grad_clip: float | None = None,
                generator: torch.Generator | None = None) -> Tensor:
     """x <- x + σ z; x <- clip(x - step_lr ∇E(x)): noise first, drift and noise apart (Du, Li and Mordatch 2020, their code).

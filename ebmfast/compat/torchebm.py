@@ -53,6 +53,9 @@ SUPPORTED = "0.8"  # the torchebm whose contract this is; tested against 0.8.9
 WHOLE = 1 << 62  # chains per micro-batch where the batch must not be cut
 KEPT_BYTES = 32 << 20  # states held at a time for diagnostics
 PREPARED = 16  # runs kept per sampler
+Model = Callable[..., Tensor]
+Scheduled = Any  # a number, or a scheduler
+Samples = Tensor | tuple[Tensor, dict[str, Tensor]]
 ELSEWHERE = ("RiemannianManifoldHMC", "GradientDescentSampler", "NesterovSampler", "FlowSampler")
 
 if _torchebm is not None and not _torchebm.__version__.startswith(f"{SUPPORTED}."):
@@ -463,8 +466,9 @@ class LangevinDynamics(_Sampler):
     _needs_energies = False
     _schedules = ("step_size", "noise_scale")
 
-    def __init__(self, model, step_size=1e-3, noise_scale=1.0, decay: float = 0.0, clamp: tuple[float, float] | None = None,
-                 dtype: torch.dtype = torch.float32, device: str | torch.device | None = None, integrator=None):
+    def __init__(self, model: Model, step_size: Scheduled = 1e-3, noise_scale: Scheduled = 1.0, decay: float = 0.0,
+                 clamp: tuple[float, float] | None = None, dtype: torch.dtype = torch.float32,
+                 device: str | torch.device | None = None, integrator: Any = None) -> None:
         super().__init__(model, dtype, device)
         self._register_param("step_size", step_size, positive=True)
         self._register_param("noise_scale", noise_scale, positive=True)
@@ -478,7 +482,8 @@ class LangevinDynamics(_Sampler):
     @torch.no_grad()
     def sample(self, x: Tensor | None = None, dim: int | tuple[int, ...] | None = None, n_steps: int = 100, n_samples: int = 1,
                thin: int = 1, return_trajectory: bool = False, return_diagnostics: bool = False, reset_schedulers: bool = True, *,
-               y: Tensor | None = None, model_kwargs: dict[str, Any] | None = None, generator: torch.Generator | None = None):
+               y: Tensor | None = None, model_kwargs: dict[str, Any] | None = None,
+               generator: torch.Generator | None = None) -> Samples:
         """Run `n_steps` steps of chains that start at `x`, or at N(0, I).
 
         Args:
@@ -544,8 +549,8 @@ class HamiltonianMonteCarlo(_Sampler):
     _needs_energies = True
     _schedules = ("step_size",)
 
-    def __init__(self, model, step_size=1e-3, n_leapfrog_steps: int = 10, mass: float | Tensor | None = None,
-                 dtype: torch.dtype = torch.float32, device: str | torch.device | None = None, integrator=None):
+    def __init__(self, model: Model, step_size: Scheduled = 1e-3, n_leapfrog_steps: int = 10, mass: float | Tensor | None = None,
+                 dtype: torch.dtype = torch.float32, device: str | torch.device | None = None, integrator: Any = None) -> None:
         super().__init__(model, dtype, device)
         self._register_param("step_size", step_size, positive=True)
         if n_leapfrog_steps <= 0:
@@ -562,7 +567,8 @@ class HamiltonianMonteCarlo(_Sampler):
     @torch.no_grad()
     def sample(self, x: Tensor | None = None, dim: int | None = None, n_steps: int = 100, n_samples: int = 1, thin: int = 1,
                return_trajectory: bool = False, return_diagnostics: bool = False, reset_schedulers: bool = True, *,
-               y: Tensor | None = None, model_kwargs: dict[str, Any] | None = None, generator: torch.Generator | None = None):
+               y: Tensor | None = None, model_kwargs: dict[str, Any] | None = None,
+               generator: torch.Generator | None = None) -> Samples:
         """Run `n_steps` proposals of chains that start at `x` `[n, dim]`, or at N(0, I).
 
         Arguments as in `LangevinDynamics.sample`; `dim` may be left out where the model has a tensor `mean`. Diagnostics
