@@ -6,7 +6,7 @@ CMAKE := $(or $(shell command -v cmake 2>/dev/null),$(VENV)/bin/cmake)
 NATIVE := $(wildcard csrc/* csrc/*/* cmake/*) CMakeLists.txt
 INTERPRETED := $(addprefix tests/,test_triton.py test_capture.py test_step.py test_rng.py test_accept.py)
 
-.PHONY: demo test lint bench docs typecheck sanitize clean
+.PHONY: demo test lint bench bench-compare report docs typecheck sanitize clean
 
 # Rebuilt whenever the native sources or the requirements change; Python files need no reinstall.
 $(STAMP): pyproject.toml constraints.txt $(NATIVE)
@@ -53,6 +53,19 @@ bench: $(STAMP)
 	$(VENV)/bin/python -m bench.cubes
 	$(VENV)/bin/pip install --quiet -c constraints.txt blackjax
 	$(VENV)/bin/python -m bench.mala
+	$(VENV)/bin/python -m bench.scaling
+	$(VENV)/bin/python -m bench.quality
+
+# Tables and plots of what was measured, into docs/performance.md.
+report: $(STAMP)
+	$(VENV)/bin/pip install --quiet -c constraints.txt matplotlib
+	$(VENV)/bin/python -m bench.report
+
+# bench/suite here and at another commit, in turns: make bench-compare BASE=main
+BASE ?= main
+bench-compare: $(STAMP)
+	$(VENV)/bin/pip install --quiet -c constraints.txt pytest-benchmark
+	$(VENV)/bin/python -m bench.compare $(BASE)
 
 # The C++ core under sanitizers: needs a C++ compiler and cmake, but no Python where cmake is installed.
 sanitize: $(CMAKE)
