@@ -1,6 +1,7 @@
 """`ebmfast bench`: every case is right before it is timed, a peer that is not right gets no time, results are kept."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -43,6 +44,14 @@ def test_the_table_is_printed_and_kept(capsys, tmp_path, monkeypatch):
         assert line["threads"] == 1 and line["device"] and not line["refused"]
         assert set(line["seconds"]) >= {"ebmfast", "eager"} and all(t["median"] > 0 for t in line["seconds"].values())
     assert cli.main(["bench", "--threads", "0"]) == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="cores are bound on Linux")
+def test_threads_bind_everybody_and_are_given_back(threads):
+    cores, before = os.sched_getaffinity(0), torch.get_num_threads()
+    with quick._threads(1):
+        assert len(os.sched_getaffinity(0)) == 1 and torch.get_num_threads() == 1
+    assert os.sched_getaffinity(0) == cores and torch.get_num_threads() == before
 
 
 def test_every_case_is_right():

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -163,19 +165,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `ebmfast bench`."""
     parser.add_argument("--quick", action="store_true", help="about two minutes; without it, five times as long")
     parser.add_argument("--compile", action="store_true", help="the eager loop under torch.compile too (compiles for minutes)")
-    parser.add_argument("--threads", type=int, help="threads of torch and ebmfast (default: torch's own); JAX takes what it likes")
+    parser.add_argument("--threads", type=int, help="threads, and where Linux allows it cores, for everybody (default: torch's own)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="append the figures as JSON lines")
     parser.add_argument("--seconds", type=float, help="seconds of timing, in the place of those of --quick")
 
 
 def run(args) -> int:
     """Measure all cases and print the table."""
-    before = torch.get_num_threads()
-    if args.threads is not None:
-        if args.threads < 1:
-            raise ValueError(f"`--threads` must be at least 1, got {args.threads}")
-        torch.set_num_threads(args.threads)
-    try:
+    if args.threads is not None and args.threads < 1:
+        raise ValueError(f"`--threads` must be at least 1, got {args.threads}")
+    with _threads(args.threads):
         wanted, chosen = installed(args.compile), list(cases())
         budget = args.seconds if args.seconds is not None else SECONDS * (1 if args.quick else 5)
         print(f"peers here: {', '.join(wanted)}. Not measured: {', '.join(p for p in PEERS if p not in wanted) or 'none'}")
@@ -190,6 +189,20 @@ def run(args) -> int:
         if args.out is not None:
             append(args.out, [{"bench": "quick", **line, **about} for line in lines])
             print(f"appended to {args.out}")
+    return 0
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """So many threads, and no more cores: XLA has no number of threads to set, and takes every core that it sees at first."""
+    before, cores = torch.get_num_threads(), os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+    try:
+        if count is not None:
+            torch.set_num_threads(count)
+            if cores:
+                os.sched_setaffinity(0, set(sorted(cores)[:count]))
+        yield
     finally:
         torch.set_num_threads(before)
-    return 0
+        if cores:
+            os.sched_setaffinity(0, cores)
