@@ -377,11 +377,14 @@ def test_float64_runs_in_float64_and_lower_precisions_in_a_plain_loop():
 
 def test_chains_that_are_not_finite_go_on_as_in_torchebm():
     x = torch.tensor([[0.5, 0.5], [80.0, 1.0]])
-    with pytest.warns(UserWarning, match="not finite|being finite"):
-        (a, theirs), (b, mine) = both(core.DoubleWellModel(), x, step_size=core.LinearScheduler(0.05, 0.01, 20))
-    assert not theirs[1].isfinite().all() and torch.equal(mine.isfinite(), theirs.isfinite())
-    close(mine[0], theirs[0])
-    assert a.schedulers["step_size"].step_count == b.schedulers["step_size"].step_count
+    falling = core.LinearScheduler(0.05, 0.01, 20)
+    for scheduler in (falling, core.WarmupScheduler(copy.deepcopy(falling), 3)):
+        with pytest.warns(UserWarning, match="not finite|being finite"):
+            (a, theirs), (b, mine) = both(core.DoubleWellModel(), x, step_size=scheduler)
+        assert not theirs[1].isfinite().all() and torch.equal(mine.isfinite(), theirs.isfinite())
+        close(mine[0], theirs[0])
+        assert a.schedulers["step_size"].step_count == b.schedulers["step_size"].step_count
+        assert a.schedulers["step_size"].get_value() == b.schedulers["step_size"].get_value()
     with pytest.warns(UserWarning, match="start where they are not finite"):
         (_, theirs), (_, mine) = both(core.DoubleWellModel(), torch.tensor([[torch.nan, 0.5]]))
     assert torch.equal(mine.isnan(), theirs.isnan())
@@ -551,6 +554,24 @@ def test_contrastive_divergence_trains_as_with_torchebms_own_sampler():
     for (a, b), (c, d) in zip(mine, theirs):
         close(a, c)
         close(b, d)
+
+
+def test_negatives_of_a_native_energy_come_from_the_weights_as_they_are():
+    torch.manual_seed(0)
+    model, x = ef.energies.MLP(2, (16, 16)), start(32, 2)
+    sampler = ours.LangevinDynamics(model, step_size=0.1)
+    loss, optimizer = ContrastiveDivergence(model=model, sampler=sampler, k_steps=4), torch.optim.SGD(model.parameters(), 1.0)
+    assert "chain engine yes" in sampler.explain((2,))
+    found = []
+    for _ in range(3):
+        value, negatives = loss(x, generator=torch.Generator().manual_seed(0))
+        anew = ours.LangevinDynamics(copy.deepcopy(model), step_size=0.1)
+        assert torch.equal(negatives, anew.sample(x=x, n_steps=4, generator=torch.Generator().manual_seed(0)))
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        found.append(negatives)
+    assert not torch.equal(found[0], found[1]) and not torch.equal(found[1], found[2])
 
 
 def test_persistent_chains_go_on_from_the_buffer():

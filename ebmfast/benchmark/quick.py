@@ -165,7 +165,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `ebmfast bench`."""
     parser.add_argument("--quick", action="store_true", help="about two minutes; without it, five times as long")
     parser.add_argument("--compile", action="store_true", help="the eager loop under torch.compile too (compiles for minutes)")
-    parser.add_argument("--threads", type=int, help="threads, and where Linux allows it cores, for everybody (default: torch's own)")
+    parser.add_argument("--threads", type=int, help="threads, and on Linux cores, for everybody (default: torch's own)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="append the figures as JSON lines")
     parser.add_argument("--seconds", type=float, help="seconds of timing, in the place of those of --quick")
 

@@ -185,7 +185,7 @@ class _Sampler(BaseSampler):
         with self._runs.lock:
             if n_steps > 0 and len(x) and self._fits(x, kwargs):
                 schedulers = self._all_schedulers()
-                before = [(s, copy.copy(vars(s))) for s in schedulers]
+                before = [(s, copy.copy(vars(s))) for s in _with_parts(schedulers)]
                 try:
                     return self._in_engine(x, kwargs, n_steps, generator, kept(), schedulers)
                 except NonFiniteError as error:
@@ -408,6 +408,17 @@ class _Acceptance:
 
 def _constant(scheduler) -> bool:
     return type(scheduler) is ConstantScheduler
+
+
+def _with_parts(schedulers: list) -> list:
+    """Schedulers, and those that they drive."""
+    found, left = [], list(schedulers)
+    while left:
+        scheduler = left.pop()
+        if all(s is not scheduler for s in found):
+            found.append(scheduler)
+            left += [v for v in vars(scheduler).values() if hasattr(v, "get_value") and hasattr(v, "reset")]
+    return found
 
 
 def _at(schedules: list, i: int) -> Callable[[int], float]:
