@@ -103,9 +103,12 @@ def rooflines(results) -> str:
 
 def sampling(results) -> str:
     """Effective samples per second of MALA."""
-    rows = [[e["case"], str(e["chains"]), *(f"{e['ess_of_energy_per_second'][k]:,.0f}" for k in ("ebmfast", "blackjax")),
-             f"{e['times_blackjax']:.2f}", machine(e)] for e in newest(results.get("mala", ()), "case", "chains")]
-    head = ["case", "chains", "ebmfast, ESS/s", "blackjax, ESS/s", "ratio", "machine"]
+    rows = []
+    for e in newest(results.get("mala", ()), "case", "chains"):
+        share = e.get("share_of_multiply_add_peak", {}).get("ebmfast")
+        rows.append([e["case"], str(e["chains"]), *(f"{e['ess_of_energy_per_second'][k]:,.0f}" for k in ("ebmfast", "blackjax")),
+                     f"{e['times_blackjax']:.2f}", "" if share is None else f"{100 * share:.0f} %", machine(e)])
+    head = ["case", "chains", "ebmfast, ESS/s", "blackjax, ESS/s", "ratio", "ebmfast's share of the multiply-add peak", "machine"]
     return "## MALA against blackjax\n\n" + table(head, rows) if rows else ""
 
 
