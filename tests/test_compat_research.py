@@ -217,8 +217,8 @@ def test_the_papers_loop_is_its_formula():
 
 def test_a_momentum_kept_in_part_turns_round_where_a_proposal_is_rejected():
     """On a law that is not symmetric, log Gamma(1): mean -0.5772, variance π²/6. Without the turn both are off."""
-    sampler = AnnealedCHASampler(1, 120, [1.1], 0.95, [1.0], 1, lambda x, ts: ((x - x.exp()).sum(1), 1 - x.exp()),
+    sampler = AnnealedCHASampler(1, 80, [1.1], 0.95, [1.0], 1, lambda x, ts: ((x - x.exp()).sum(1), 1 - x.exp()),
                                  generator=generator())
-    x = sampler.sample_step(torch.zeros(40000, 1), 0, None, {})
-    assert abs(x.mean().item() + 0.5772) < 5 * (math.pi**2 / 6 / 40000) ** 0.5
-    assert abs(x.var().item() / (math.pi**2 / 6) - 1) < 5 * (4.4 / 40000) ** 0.5  # kurtosis 5.4
+    x = sampler.sample_step(torch.zeros(20000, 1), 0, None, {})
+    assert abs(x.mean().item() + 0.5772) < 5 * (math.pi**2 / 6 / 20000) ** 0.5
+    assert abs(x.var().item() / (math.pi**2 / 6) - 1) < 5 * (4.4 / 20000) ** 0.5  # kurtosis 5.4
