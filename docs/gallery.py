@@ -28,13 +28,13 @@ a picture is all that was asked for; `make docs` draws them again, and
     ebmfast sample "shape('cube') & color('red')" --n 6 --out grid.png
 
 draws any other. `ebmfast models` lists what expressions can name. How often such samples are right is in the
-[README](../README.md#the-bundled-models), and some here are not; two concepts with their own place each (objects composed) are not among these models.
+[README](../README.md#the-bundled-models), and some here are not.
 """
 
 
 # Options of a scene, and why.
-OPTIONS = {"or-and": ({"branches": "draw"}, "With `branches=\"draw\"`: the branches of an OR have constants of their own, which nobody"
-                      " fitted here,\nand without it all six are green cubes.\n")}
+OPTIONS = {"or-and": ({"branches": "draw"}, "With `branches=\"draw\"`: the branches of an OR have constants of their own, which"
+                      " nobody fitted here,\nand without it all six are green cubes.\n")}
 
 
 def draw(text: str, path: Path, n: int, options: dict, **schedule) -> None:
