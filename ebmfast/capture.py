@@ -1,6 +1,6 @@
 """Steps recorded once as CUDA graphs: what is recorded, when a recording still fits, and why a run is not captured.
 
-A recording reads and writes memory that stays where it is: `samplers.captured.Recording`. Parameters are not copied. The
+A recording reads and writes memory that stays where it is: `samplers.captured`. Parameters are not copied. The
 kernels of a recording read them where they are, so an optimizer step, which changes them in place, is seen by the next
 replay. A parameter that moved, or a module that is not what it was, makes another key, and steps are recorded anew.
 
@@ -15,6 +15,7 @@ import functools
 import inspect
 import threading
 import types
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 
@@ -24,7 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from .evaluator import Evaluator
-from .samplers.captured import CapturedKernel, NotCapturable, Recording
+from .samplers.annealed import DenoisingKernel
+from .samplers.captured import CapturedGradients, CapturedKernel, GradientRecording, NotCapturable, Recording
 from .samplers.langevin import LangevinKernel
 from .stacking import _HOOKS, _MODULE, _PLAIN
 
@@ -36,29 +38,35 @@ _capturing = threading.Lock()  # torch's allocator takes one capture of a proces
 class CudaGraphs:
     """The graph primitive of torch on one device, and what goes with it: forks, flags that are looked at later.
 
-    All graphs share a memory pool. Nothing in it has to survive a replay, and replays follow each other on one stream.
+    All graphs share a memory pool. Nothing in it has to survive a replay, and replays follow each other on one stream. Work
+    before a capture runs on streams of its own: what libraries keep by stream (cuBLAS its workspace) is then made inside the
+    pool, and a graph that goes, which lets go of it, takes no memory from the others.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
-        self._pool = self._side = None
-        self._branches: list = []
+        self._pool = self._side = self._warm = None
+        self._graphs: weakref.WeakSet = weakref.WeakSet()  # that are in the pool
+        self._branches: dict = {}  # by the stream that forks to them
         self._forked = 0  # of them, how many the step at hand uses
 
     def record(self, function: Callable[[], None], warm_up: Callable[[], None]) -> Callable[[], None]:
         """What `function` launches, as a replay; `warm_up` runs the same kernels before, a few times."""
         with _capturing, torch.cuda.device(self.device):
-            self._side = self._side or torch.cuda.Stream()
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            if not self._graphs:  # torch takes no pool again that all graphs have left
+                self._pool, self._side, self._warm = torch.cuda.graph_pool_handle(), torch.cuda.Stream(), torch.cuda.Stream()
+                self._branches.clear()
             here = torch.cuda.current_stream()
-            self._side.wait_stream(here)
+            self._warm.wait_stream(here)
             try:
-                with torch.cuda.stream(self._side):
+                with torch.cuda.stream(self._warm):
                     for _ in range(WARM_UP):
                         warm_up()
             finally:
-                here.wait_stream(self._side)
+                here.wait_stream(self._warm)
+            self._grow(self._side, len(self._branches.get(self._warm, ())))
             graph = torch.cuda.CUDAGraph()
+            self._drop_workspaces()
             try:
                 # thread_local: what threads of other devices do meanwhile does not spoil the capture.
                 with torch.cuda.graph(graph, pool=self._pool, stream=self._side, capture_error_mode="thread_local"):
@@ -67,14 +75,23 @@ class CudaGraphs:
                 torch.cuda.set_stream(here)  # a capture that cannot be ended leaves its own stream in place
                 self._recover()
                 raise
+            finally:
+                self._drop_workspaces()
+            self._graphs.add(graph)
             return graph.replay
+
+    @staticmethod
+    def _drop_workspaces() -> None:
+        """cuBLAS takes new ones at its next call, of the pool in use then: graphs of two pools must not share one."""
+        with contextlib.suppress(AttributeError):
+            torch._C._cuda_clearCublasWorkspaces()
 
     def _recover(self) -> None:
         """After a capture that CUDA gave up torch still believes in it: the allocator is told its end, and a capture that
         succeeds resets the generators."""
-        pool, self._pool, self._side, self._branches = self._pool, None, None, []
+        self._graphs = weakref.WeakSet()  # the next capture begins with another pool
         with contextlib.suppress(Exception):
-            torch._C._cuda_endAllocateToPool(self.device.index or 0, pool)
+            torch._C._cuda_endAllocateToPool(self.device.index or 0, self._pool)
         with contextlib.suppress(Exception):
             something = torch.zeros(1, device=self.device)
             with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
@@ -83,11 +100,9 @@ class CudaGraphs:
     def fork(self, functions: Sequence[Callable]) -> list:
         """Results of the functions, which run side by side: the first here, each of the others on a stream of its own."""
         here, others = torch.cuda.current_stream(self.device), functions[1:]
-        while len(self._branches) < len(others):
-            self._branches.append(torch.cuda.Stream(self.device))
         results, self._forked = [], 0
         try:
-            for stream, function in zip(self._branches, others):
+            for stream, function in zip(self._grow(here, len(others)), others):
                 stream.wait_stream(here)
                 self._forked += 1
                 with torch.cuda.stream(stream):
@@ -104,8 +119,14 @@ class CudaGraphs:
 
     def _wait(self) -> None:
         here = torch.cuda.current_stream(self.device)
-        for stream in self._branches[:self._forked]:
+        for stream in self._branches.get(here, [])[:self._forked]:
             here.wait_stream(stream)
+
+    def _grow(self, stream, count: int) -> list:
+        """The streams that `stream` forks to, at least `count`."""
+        branches = self._branches.setdefault(stream, [])
+        branches += [torch.cuda.Stream(self.device) for _ in range(count - len(branches))]
+        return branches
 
     def send(self, target: Tensor, values: Tensor) -> None:
         """Copy numbers of the host to the device without waiting for it."""
@@ -170,13 +191,13 @@ class Captures:
         self.reason: str | None = None  # why the last steps were not captured
         self.recorded = 0  # recordings made, ever
         self._graphs: dict[torch.device, object] = {}
-        self._kept: OrderedDict[tuple, Recording] = OrderedDict()
+        self._kept: OrderedDict[tuple, Recording | GradientRecording] = OrderedDict()
         self._refused: OrderedDict[tuple, str] = OrderedDict()
 
     def __reduce__(self):
         return Captures, (self.enabled,)  # a copy records anew
 
-    def against(self, backend, device: torch.device, sampler=None) -> str | None:
+    def against(self, backend, device: torch.device) -> str | None:
         """Why steps of that backend on that device are not captured; None if they are."""
         if not self.enabled:
             return "capture=False"
@@ -184,37 +205,41 @@ class Captures:
             return f"there are CUDA graphs on CUDA devices only, this is {device}"
         if not backend.captures:
             return f"backend {backend.name!r} takes step and schedules from the host; backend=\"triton\" reads them on the device"
-        inner = getattr(sampler, "inner", sampler)
-        if sampler is not None and not hasattr(inner, "noise_first"):
-            return f"steps of {type(inner).__name__} are not captured, those of Langevin are"
         return None
 
     def wrap(self, kernel, backend, device: torch.device, *, watched: bool, at_once: bool):
-        """The kernel, replaying its steps from a recording where that can be.
+        """The kernel, replaying its steps, or the gradients that it asks for, from a recording where that can be.
 
         `watched`: models may change between steps. `at_once`: faults are looked at after every step.
         """
         self.reason = self.against(backend, device)
-        if self.reason is None and not isinstance(kernel, LangevinKernel):
-            name = type(getattr(kernel, "sampler", kernel)).__name__
-            self.reason = f"steps of {name} are not captured, those of Langevin are"
-        if self.reason is None and not isinstance(kernel.evaluator, Evaluator):
+        parts = [kernel.inner, kernel.descent] if isinstance(kernel, DenoisingKernel) else [kernel]
+        evaluator = getattr(parts[0], "evaluator", None)
+        if self.reason is None and not isinstance(evaluator, Evaluator):
             self.reason = "every chain runs a branch of its own"
         if self.reason is not None:
             return kernel
-        return CapturedKernel(kernel, self, watched=watched, at_once=at_once)
+        if isinstance(kernel, LangevinKernel):
+            return CapturedKernel(kernel, self, watched=watched, at_once=at_once)
+        gradients = CapturedGradients(evaluator, self, watched=watched)
+        for part in parts:
+            part.evaluator = gradients
+        return kernel
 
-    def find(self, kernel: LangevinKernel, state, steps) -> Recording | None:
-        """A recording that fits, ready for these chains; None, and the `reason`, if there cannot be one."""
+    def find(self, kernel, state, steps) -> Recording | GradientRecording | None:
+        """A recording that fits, ready for these chains; None, and the `reason`, if there cannot be one.
+
+        `kernel`: one of Langevin steps, with their `state` and range; or `CapturedGradients`, with `At` and a noise level."""
         x, graphs = state.x, self._graphs.get(state.x.device)
         if graphs is None:
             graphs = self._graphs[x.device] = GRAPHS[x.device.type](x.device)
-        key = self._key(kernel, state)
+        kind = getattr(kernel, "recording", Recording)
+        key = self._key(kind, kernel, state)
         if (reason := self._refused.get(key)) is None:
             recording = self._kept.pop(key, None)
             try:
                 if recording is None:
-                    recording = Recording(graphs, kernel, state)
+                    recording = kind(graphs, kernel, state)
                 recording.take(kernel)
                 if steps := recording.missing(kernel, steps):
                     self._record(recording, kernel, state, steps)
@@ -242,11 +267,10 @@ class Captures:
         """Let go of all recordings and their memory."""
         self._kept.clear()
 
-    def _record(self, recording: Recording, kernel, state, steps) -> None:
+    def _record(self, recording, kernel, state, steps) -> None:
         models = [group.source for group in kernel.evaluator.plan.groups]
         if not any(map(_compiled, models)) and not kernel.evaluator.plan.compile:  # torch.compile gives up under a mode
-            before = self._models(kernel)
-            watch = Watch()
+            before, watch = self._models(kernel), Watch()
             recording.rehearse(kernel, state, watch)
             if watch.reason is None and self._models(kernel) != before:
                 watch.reason = "a model changes itself while it runs"
@@ -263,10 +287,9 @@ class Captures:
             raise NotCapturable(f"CUDA would not capture it: {_cause(error)}") from error
         self.recorded += 1
 
-    def _key(self, kernel, state) -> tuple:
-        frozen = kernel.fixed["frozen_mask"]
-        return (state.x.device, tuple(state.x.shape), None if frozen is None else frozen.ndim, Recording.capacity(kernel),
-                kernel.evaluator.structure, _switches(state.x.device.type), self._models(kernel))
+    def _key(self, kind, kernel, state) -> tuple:
+        return (state.x.device, tuple(state.x.shape), kind.facts(kernel), kernel.evaluator.structure,
+                _switches(state.x.device.type), self._models(kernel))
 
     @staticmethod
     def _models(kernel) -> tuple:
@@ -295,16 +318,14 @@ def _cause(error: BaseException) -> str:
 def _switches(device: str) -> tuple:
     """Settings of torch that decide which kernels run."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    places = [(matmul, n) for n in ("allow_tf32", "fp32_precision", "allow_bf16_reduced_precision_reduction",
-                                    "allow_fp16_reduced_precision_reduction")]
-    places += [(cudnn, n) for n in ("allow_tf32", "fp32_precision", "enabled", "benchmark", "deterministic")]
+    places = [(matmul, "allow_bf16_reduced_precision_reduction"), (matmul, "allow_fp16_reduced_precision_reduction")]
+    places += [(cudnn, "enabled"), (cudnn, "benchmark"), (cudnn, "deterministic")]
+    # Newer releases warn of the old names, and refuse them where the new ones were used.
+    for place in (matmul, cudnn, getattr(cudnn, "conv", None), getattr(cudnn, "rnn", None)):
+        places.append((place, "fp32_precision" if hasattr(place, "fp32_precision") else "allow_tf32"))
     found: list = [torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)]
     found.append(torch.are_deterministic_algorithms_enabled())
-    for place, name in places:
-        try:
-            found.append(getattr(place, name, None))
-        except RuntimeError as error:  # torch will not name a setting that was made in its old way and its new one
-            found.append(str(error))
+    found += [getattr(place, name, None) for place, name in places]
     return tuple(found)
 
 

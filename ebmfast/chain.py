@@ -351,11 +351,11 @@ def _natural_shape(expression: Expression) -> tuple[int, ...]:
     return (2,)
 
 
-def reason_against(expression: Expression, shape: Sequence[int] | None = None,
-                   compute_dtype: torch.dtype | None = None) -> str | None:
-    """Why the chain engine cannot run this composition on the CPU, naming the leaf; None if it can."""
+def reason_against(expression: Expression, shape: Sequence[int] | None = None, compute_dtype: torch.dtype | None = None, *,
+                   kind: type[Chain] | None = None, device: torch.device | str = "cpu") -> str | None:
+    """Why the chain engine (`kind`, that of the CPU) cannot run this composition, naming the leaf; None if it can."""
     try:
-        Chain(expression, _natural_shape(expression) if shape is None else shape, compute_dtype)
+        (kind or Chain)(expression, _natural_shape(expression) if shape is None else shape, compute_dtype, device=device)
     except NotNative as error:
         return str(error)
     return None
@@ -422,6 +422,11 @@ class Chain:
         self._sigma: object = object()
         self._load()
         self._check_scratch()
+
+    @staticmethod
+    def refusal(options: Mapping) -> str | None:
+        """Why this engine does not take a sampler's steps of those options; None if it does."""
+        return None
 
     def _has_bf16(self) -> bool:
         return core.chain_bf16()

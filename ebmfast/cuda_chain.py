@@ -15,15 +15,15 @@ On CPU tensors the same code runs the same kernels' text on the host, slowly: wh
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from . import rng
+from . import backends, rng
 from ._checks import indexed
 from ._native import core
-from .chain import Chain, NotNative
+from .chain import Chain, NotNative, reason_against
 
 MOST_MEMORY = 1 << 30  # bytes of scratch where shared memory is not enough
 MOST_SLOTS = 16  # kMaxSlots of csrc/cuda/tables.h
@@ -39,6 +39,15 @@ def tf32_allowed() -> bool:
     return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
 
 
+def tf32_products(device: torch.device, engine: str = "step") -> tuple[str, ...]:
+    """Of "matmul" and "conv", those whose float32 factors torch may round to TF32 on that device."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        return ()
+    conv = getattr(torch.backends.cudnn, "conv", None)
+    allowed = conv.fp32_precision == "tf32" if hasattr(conv, "fp32_precision") else torch.backends.cudnn.allow_tf32
+    return ("matmul",) * tf32_allowed() + ("conv",) * (bool(allowed) and engine == "step")
+
+
 class DeviceChain(Chain):
     """A composition of native energies whose parameters and chains are on one GPU; otherwise as `Chain`."""
 
@@ -46,11 +55,16 @@ class DeviceChain(Chain):
 
     def __init__(self, expression, shape: Sequence[int], compute_dtype: torch.dtype | None = None, *, device, **options):
         device = indexed(device)
-        if options.get("metropolis") is not None:
-            raise NotNative("the CUDA chain engine takes the steps of Langevin dynamics only")
+        if (refusal := self.refusal(options)) is not None:
+            raise NotNative(refusal)
         self._values_at: dict[float | None, Tensor] = {}
         self._image, self._last_stream = b"", None
         super().__init__(expression, shape, compute_dtype, device=device, **options)
+
+    @staticmethod
+    def refusal(options: Mapping) -> str | None:
+        """Why this engine does not take a sampler's steps of those options; None if it does."""
+        return None if options.get("metropolis") is None else "the CUDA chain engine takes the steps of Langevin dynamics only"
 
     def _has_bf16(self) -> bool:
         return True
@@ -146,3 +160,16 @@ class DeviceChain(Chain):
 
 
 CHAINS: dict[str, type[Chain]] = {"cpu": Chain, "cuda": DeviceChain}
+
+
+def chains_on(device: torch.device, expression, shape: Sequence[int] | None, compute_dtype: torch.dtype | None) -> str:
+    """Whether the chain engine runs a composition whose models are on that device, and if not, why."""
+    if device.type not in CHAINS:
+        return f"no: it runs on CPUs and NVIDIA GPUs, this is {device}"
+    reason = backends.available()[device.type]
+    if reason is None:
+        reason = reason_against(expression, shape, compute_dtype, kind=CHAINS[device.type], device=device)
+    if reason is not None:
+        return f"no: {reason}"
+    where = "the CPU" if device.type == "cpu" else f'{device} with backend="{device.type}"'
+    return f"yes, on {where}: every leaf is a native energy"

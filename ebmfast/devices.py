@@ -189,7 +189,10 @@ class ManyDevices:
         reports = [p.report for p in parts]
         report = dataclasses.replace(
             reports[0], device=self._names(), chains=call.n, first_chain=call.first_chain, seconds=seconds,
-            captured=all(r.captured for r in reports), faults=sorted((f for r in reports for f in r.faults), key=by_step))
+            captured=all(r.captured for r in reports), uncaptured=next((r.uncaptured for r in reports if r.uncaptured), None),
+            gpu=", ".join(dict.fromkeys(r.gpu for r in reports if r.gpu)) or None,
+            tf32=tuple(dict.fromkeys(p for r in reports for p in r.tf32)),
+            faults=sorted((f for r in reports for f in r.faults), key=by_step))
         return Result(state.x, *(_joined([getattr(p, name) for p in parts], here) for name in ("energy", "leaf_energies")),
                       _traces([p.trace for p in parts], state.faults), state, report,
                       _joined([p.acceptance for p in parts], here), _joined([p.branch for p in parts], torch.device("cpu")),
@@ -213,8 +216,8 @@ class Work:
     def start(self, share: Share, call: Call, init, frozen, trace, progress: bool) -> None:
         """Begin a block of chains."""
         place, kind = len(self._threads), share.device.type
-        if kind == "cuda":  # threads begin on another stream: what they read must be there
-            torch.cuda.synchronize(share.device)
+        if kind == "cuda":  # threads begin on another stream, and what they read must be there; another may be capturing already
+            torch.cuda.current_stream(share.device).synchronize()
         ambient = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
 
         def work() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import signal
 import threading
@@ -161,6 +162,7 @@ class Chains:
         self._slices[i:] = _cut(rest, self.batch)
         run.captures.clear()
         if call.device.type == "cuda":
+            gc.collect()  # errors hold the frames, and so the tensors, of what failed
             torch.cuda.empty_cache()
         warnings.warn(f"out of memory with micro-batches of {size} chains; going on with {self.batch}, which changes no noise",
                       stacklevel=2)

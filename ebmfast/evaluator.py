@@ -146,6 +146,11 @@ class Evaluator:
         """`(rows, evaluator)`: all rows, this one."""
         return [(slice(None), self)]
 
+    @property
+    def needs_energies(self) -> bool:
+        """Whether gradients come with the energies of all leaves."""
+        return self._need_energies
+
     def need_energies(self) -> None:
         """Gradients come with the energies of all leaves from now on."""
         self.plan.check_energies()

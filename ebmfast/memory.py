@@ -66,11 +66,12 @@ class _Live(TorchDispatchMode):
 def peak(work: Callable[[], object], device: torch.device) -> int:
     """Bytes that `work` has alive at its worst, beside what was there before."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        stream = torch.cuda.current_stream(device)  # not the device: another thread may be capturing on it
+        stream.synchronize()
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         work()
-        torch.cuda.synchronize(device)
+        stream.synchronize()
         return torch.cuda.max_memory_allocated(device) - before
     with _Live() as live:
         work()

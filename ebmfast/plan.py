@@ -125,13 +125,19 @@ class Plan:
         rows = check_conditions(self.expression, conditions, x.shape[0])
         return Evaluator(self, x, rows)
 
-    def explain(self, shape: Sequence[int] | None = None) -> str:
+    @property
+    def home(self) -> torch.device:
+        """Where the first model with parameters has them, else the CPU."""
+        modules = [leaf.source.model for leaf in self.leaves if isinstance(leaf.source.model, torch.nn.Module)]
+        return next((p.device for m in modules for p in m.parameters()), torch.device("cpu"))
+
+    def explain(self, shape: Sequence[int] | None = None, device: torch.device | None = None) -> str:
         """The simplified tree, its leaves and how they are batched, in plain words.
 
-        `shape` of one chain, where known, decides with the models whether the chain engine can run it."""
-        from .chain import reason_against
+        `shape` of one chain and the device it runs on, where known, decide with the models whether the chain engine can run it."""
+        from .cuda_chain import chains_on
 
-        expression, reason = self.expression, reason_against(self.expression, shape, self.compute_dtype)
+        expression = self.expression
         lines = [f"composition  {expression!r}", f"simplified   {expression.simplified!r}",
                  f"tail weight  T = {_show(expression.tail_weight)} (must be positive)",
                  f"step scale   M = {_show(expression.step_scale)} (divides annealed steps)"]
@@ -152,8 +158,7 @@ class Plan:
             lines.append("weights      per chain, from the leaf energies (there is an OR)")
         else:
             lines.append("weights      constant (no OR): energies are not waited for")
-        yes = "yes, on the CPU: every leaf is a native energy"
-        lines.append(f"chain engine {yes if reason is None else f'no: {reason}'}")
+        lines.append(f"chain engine {chains_on(device or self.home, expression, shape, self.compute_dtype)}")
         return "\n".join(lines)
 
 

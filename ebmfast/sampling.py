@@ -15,12 +15,12 @@ from .branches import Branches, DrawBranches
 from .capture import GRAPHS, Captures
 from .chain import Chain, NotNative
 from .composition import Expression
-from .cuda_chain import CHAINS
+from .cuda_chain import CHAINS, tf32_products
 from .devices import ManyDevices
 from .driver import Call, Chains, Interrupt, StepInfo, by_step
 from .plan import Plan, check_conditions
 from .quick import QuickCall
-from .samplers import SAMPLERS, Annealed, Sampler
+from .samplers import SAMPLERS, Annealed, Langevin, Sampler
 from .state import Interrupted, Report, Result, SampleState, Trace
 
 ON_NONFINITE = ("raise", "freeze", "restart")
@@ -74,9 +74,10 @@ def sample(expr: Expression, n: int | None = None, shape: int | Sequence[int] | 
             softmax(log w + log Z), equal Z unless `DrawBranches(log_z=...)` gives them, and runs only that, at a K-th of
             the cost. The proportions are exact, where chains from noise get them wrong. See `log_partition`.
         check: on the first call of a model, see that the rows of a batch do not see each other.
-        capture: on a CUDA device with backend="triton", steps are recorded once as a CUDA graph and replayed; what cannot be
-            recorded runs as it is, and `report.uncaptured` and `run.explain()` say why. False never records. What a model
-            computes on the host, from numbers that are not its parameters, is recorded as it was.
+        capture: on a CUDA device with backend="triton", Langevin steps are recorded once as a CUDA graph and replayed, of other
+            samplers the models and the composition; what cannot be recorded runs as it is, and `report.uncaptured` and
+            `run.explain()` say why. False never records. What a model computes on the host, from numbers that are not its
+            parameters, is recorded as it was.
         backend: "auto", "reference" or "cpu" (see `ebmfast doctor`).
         engine: "chain" runs whole chains in C++ or CUDA, "step" one batched forward-backward and one kernel per step; "auto" takes
             the chain engine where every leaf is a native energy (`ebmfast.energies`), on the backends cpu and cuda.
@@ -245,19 +246,24 @@ class Run:
 
     def explain(self) -> str:
         """The plan, the sampler, and the backend and engine that would run on this machine."""
-        backend = backends.resolve(self.backend_name, _device(self.device, self.plan))
-        lines = [self.plan.explain(self.shape), f"sampler      {self.sampler!r}", f"backend      {backend.name}"]
+        device = _device(self.device, self.plan)
+        backend = backends.resolve(self.backend_name, device)
+        lines = [self.plan.explain(self.shape, device), f"sampler      {self.sampler!r}", f"backend      {backend.name}"]
         lines += [f"micro-batch  {batching.describe(times, key[-1])}" for key, times in self.rates.items() if len(times) > 1]
         if self.engine_name == "step" or backend.name not in CHAINS:
             why = "as asked" if self.engine_name == "step" else f"the one of backend {backend.name}"
-        elif self.sampler.native_options() is None:
+        elif (options := self.sampler.native_options()) is None:
             why = f"the one that {type(self.sampler).__name__} runs in"
+        elif (refusal := CHAINS[backend.name].refusal(options)) is not None:
+            why = refusal
         else:
             return "\n".join(lines)
         lines.append(f"engine       step, {why}")
-        if (device := _device(self.device, self.plan)).type in GRAPHS:
-            reason = self.captures.against(backend, device, self.sampler) or self.captures.reason
-            lines.append(f"captured     {'yes, as a CUDA graph' if reason is None else f'no: {reason}'}")
+        if device.type in GRAPHS:
+            reason = self.captures.against(backend, device) or self.captures.reason
+            whole = isinstance(getattr(self.sampler, "inner", self.sampler), Langevin)
+            yes = f"yes, {'steps' if whole else 'models and composition'} as a CUDA graph"
+            lines.append(f"captured     {yes if reason is None else f'no: {reason}'}")
         if self.branches is not None:
             shares = ", ".join(f"{p:.3g}" for p in self.branches.probabilities.tolist())
             lines.append(f"branches     drawn with probabilities {shares}; each chain runs its own")
@@ -406,7 +412,8 @@ class Run:
             compute_dtype=str(self.plan.compute_dtype or dtype).removeprefix("torch."), seed=seed, first_chain=first_chain,
             chains=chains, steps=steps, micro_batch=batch, seconds=seconds, step_scale=repr(self.plan.expression.step_scale),
             effective_temperature=coefficients.temperature(), models=self.plan.ways(),
-            versions={"ebmfast": __version__, "torch": torch.__version__}, faults=sorted(faults, key=by_step))
+            versions={"ebmfast": __version__, "torch": torch.__version__}, faults=sorted(faults, key=by_step),
+            gpu=torch.cuda.get_device_name(device) if device.type == "cuda" else None, tf32=tf32_products(device, engine))
 
 
 def _check_int(name: str, value, least: int) -> int:
@@ -426,10 +433,7 @@ def _shape(shape) -> tuple[int, ...]:
 
 def _device(device, plan: Plan) -> torch.device:
     """The device asked for, else that of the first model with parameters, else the CPU."""
-    if device is None:
-        modules = [leaf.source.model for leaf in plan.leaves if isinstance(leaf.source.model, torch.nn.Module)]
-        device = next((p.device for m in modules for p in m.parameters()), "cpu")
-    device = torch.device(device)
+    device = plan.home if device is None else torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"`device` is {device}, and torch sees no such device here")
     return indexed(device)

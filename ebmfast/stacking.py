@@ -193,7 +193,7 @@ def _times(evaluator, members, stack, x) -> tuple[float, float]:
         began = time.perf_counter()
         evaluator.trial(passes, x)
         if x.is_cuda:
-            torch.cuda.synchronize(x.device)
+            torch.cuda.current_stream(x.device).synchronize()
         return time.perf_counter() - began
 
     def best(passes) -> float:

@@ -193,8 +193,10 @@ class Report:
     step_scale: str
     effective_temperature: tuple[float, float]
     versions: Mapping[str, str]
-    captured: bool = False
+    captured: bool = False  # steps, or gradients of samplers other than Langevin, were replayed from a recording
     uncaptured: str | None = None  # why not
+    gpu: str | None = None  # the name of its model
+    tf32: tuple[str, ...] = ()  # "matmul" and "conv": whose float32 factors torch might round to TF32
     halved_from: int | None = None  # the micro-batch with which memory was out
     engine: str = "step"
     models: str = ""
@@ -210,7 +212,8 @@ class Report:
         heat = f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
         reasons = Counter(f.reason for f in self.faults)
         faults = "".join(f", {count} {reason}" for reason, count in sorted(reasons.items()))
-        where = f"{self.backend} ({self.engine} engine, {self.device})"
+        machine = [self.device, *filter(None, [self.gpu])] + [f"TF32 in {' and '.join(self.tf32)}"] * bool(self.tf32)
+        where = f"{self.backend} ({self.engine} engine, {', '.join(machine)})"
         return (f"{self.chains} chains x {self.steps} steps on {where} in {self.seconds:.2f} s,"
                 f" {self.steps_per_second:,.0f} chain steps/s, micro-batch {self.micro_batch}, seed {self.seed},"
                 f" effective temperature {heat}{faults}")

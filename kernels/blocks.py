@@ -11,7 +11,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-__all__ = ["BLOCKS", "Tile", "indices", "tile"]
+__all__ = ["BLOCKS", "Tile", "indices", "pieces", "tile"]
 
 BLOCKS = 256  # Philox blocks in a tile: two for each thread of four warps
 
@@ -38,9 +38,15 @@ def tile(batch: int, size: int) -> Tile:
 
 
 @triton.jit
+def pieces(size, WIDTH: tl.constexpr):
+    """A size, 1 or more, over WIDTH, rounded up; `tl.cdiv` wraps for the last sizes below 2^31."""
+    return (size - 1) // WIDTH + 1
+
+
+@triton.jit
 def indices(size, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Of this program's tile: chains ``[ROWS, 1]``, Philox blocks ``[1, COLUMNS]``, elements ``[1, 4 COLUMNS]``; int64."""
-    tiles = tl.cdiv(size, 4 * COLUMNS)
+    tiles = pieces(size, 4 * COLUMNS)
     program = tl.cast(tl.program_id(0), tl.int64)
     down, along = program // tiles, program % tiles
     row = down * ROWS + tl.arange(0, ROWS)

@@ -76,7 +76,7 @@ def _squares(
     WEIGHTS_PER_CHAIN: tl.constexpr, MASK_PER_CHAIN: tl.constexpr, UNITS: tl.constexpr, TURNS: tl.constexpr,
 ):  # fmt: skip
     """Sums of squares ``[B, blocks]`` in the order of `ebmfast.reference.clip_scale`."""
-    norm_blocks = tl.cdiv(size, _NORM_BLOCK)
+    norm_blocks = blocks.pieces(size, _NORM_BLOCK)
     unit = tl.cast(tl.program_id(0), tl.int64) * UNITS + tl.arange(0, UNITS)[:, None]
     row = unit // norm_blocks
     first = unit % norm_blocks * _NORM_BLOCK + tl.arange(0, _NORM_LANES)[None, :]

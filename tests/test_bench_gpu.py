@@ -22,9 +22,10 @@ def test_commands():
     lines = [line for line in done.stdout.splitlines() if line.startswith("+")]
     assert "--no-build-isolation --no-deps --no-index" in lines[0] and "EBMFAST_CUDA=ON" in lines[0]
     assert "build-dir=/nowhere/cmake" in lines[0] and "--target /nowhere/site" in lines[0]
-    assert "EBMFAST_REQUIRE=cpu,triton,cuda" in lines[1] and "tests/test_gpu.py" in lines[1] and "tests/test_triton.py" in lines[1]
-    assert "--tool memcheck" in lines[2] and "--tool racecheck" in lines[3]
-    assert [line.split("bench.gpu_cases ")[1] for line in lines[4:]] == [
+    assert all("EBMFAST_REQUIRE=cpu,triton,cuda" in line for line in lines[1:3])
+    assert "tests/test_gpu.py" in lines[1] and "tests/test_cuda_chain.py" in lines[1] and "tests/test_triton.py" in lines[2]
+    assert "--tool memcheck" in lines[3] and "--tool racecheck" in lines[4]
+    assert [line.split("bench.gpu_cases ")[1] for line in lines[5:]] == [
         f"{part} --out /elsewhere" for part in ("step", "captured", "chain", "cubes")]
     assert subprocess.run([*command[:2], "everything"], capture_output=True, timeout=120).returncode == 2
 

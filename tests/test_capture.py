@@ -78,6 +78,59 @@ def test_compositions(graphs, e):
     assert (graphs[0].forks > 0) == (len(e.leaves) > 1), "different models run side by side"
 
 
+MOMENTS = [ef.MALA(0.3), ef.MALA(0.2, bounds=(-1.0, 1.0), grad_clip_norm=1.0, warmup=ef.DualAveraging(4)),
+           ef.HMC(0.3, n_leapfrog_steps=3), ef.BAOAB(0.3)]  # fmt: skip
+
+
+@pytest.mark.parametrize("sampler", MOMENTS, ids=["mala", "mala, adapting", "hmc", "baoab"])
+def test_gradients_of_other_samplers_are_replayed(graphs, sampler):
+    """Models and composition, once for each gradient; 4 chains, and then 2."""
+    calls = [{"n": 4, "seed": 1}, {"n": 6, "seed": 2}]
+    (one, two), run = both(A | B, sampler, batch_size=4, steps=3, calls=calls)
+    each = 1 + 3 * (sampler.n_leapfrog_steps if isinstance(sampler, ef.HMC) else 1)
+    assert run.captures.recorded == 2 and graphs[0].replays == 3 * each and not torch.equal(one.x, two.x[:4])
+    assert "captured     yes, models and composition as a CUDA graph" in run.explain()
+    assert one.acceptance is None or 0 < one.acceptance.mean() <= 1
+
+
+@pytest.mark.parametrize(("inner", "denoise"), [(ef.MALA, True), (ef.BAOAB, False)], ids=["mala", "baoab"])
+def test_gradients_of_other_samplers_at_noise_levels(graphs, inner, denoise):
+    e = ef.all_of([NOISED(0.5) | NOISED(-0.5), NOISED(0.1), A], weights=[1.0, ef.AboveSigma(0.5), 1.0])
+    sampler = ef.Annealed([2.0, 1.0, 0.1], 2, inner=inner, denoise=denoise)
+    _, run = both(e, sampler, shape=(1,))
+    (recording,) = run.captures._kept.values()
+    assert len(recording._replays) == 2 and run.captures.recorded == 2, "one of each set of weights, whatever the level"
+
+
+def test_gradients_of_other_samplers_with_conditions_masks_and_traces(graphs):
+    f, mask, x = ef.Family(Net(3), "f", condition_dim=3), torch.tensor([True, False, False]), torch.randn(3, 3)
+    same = {"seed": 1, "x": x, "frozen_mask": mask, "trace": ef.Trace(2)}
+    calls = [same | {"conditions": {"c": torch.randn(3, 3)}} for _ in range(2)]
+    (one, two), run = both(f[ef.Slot("c")] & A, ef.BAOAB(0.3), calls=calls, steps=2)
+    assert not torch.equal(one.x, two.x) and torch.equal(one.x[:, mask], x[:, mask]) and one.trace.energy.shape == (1, 3)
+    assert run.captures.recorded == 1
+
+
+def test_gradients_of_other_samplers_with_faults_and_weights_that_change(graphs):
+    net = nn.Linear(3, 1)
+    e, x = ef.Concept(Cliff(), name="cliff") & ef.Concept(net, reduce="sum"), torch.tensor([[0.1, 0.2, 0.3], [3.0, 0.0, 0.0]])
+    runs, seen = [prepare(e, ef.MALA(0.1), steps=2, capture=c, on_nonfinite="freeze", energies=False) for c in (True, False)], []
+    for _ in range(2):
+        r, plain = (run(x=x, seed=1) for run in runs)
+        assert r.report.captured and same_bits(r.x, plain.x) and r.report.faults == plain.report.faults
+        assert [(f.chain, f.leaf) for f in r.report.faults] == [(1, "cliff")]
+        seen.append(r.x)
+        with torch.no_grad():
+            net.weight.add_(3.0)
+    assert not torch.equal(*seen) and runs[0].captures.recorded == 1
+
+
+def test_gradients_that_cannot_be_captured_are_computed_as_they_are(graphs):
+    for sampler in MOMENTS[::3]:
+        (r,), run = both(ef.Concept(Waits(), name="m") & A, sampler, expected=False, steps=2)
+        assert "waits for a result on the host" in r.report.uncaptured and "captured     no: a model waits" in run.explain()
+
+
 def test_seeds_and_first_chains_are_read_from_device_memory(graphs):
     names = ({"seed": 1}, {"seed": 2**64 - 1}, {"seed": 1, "first_chain": 2**59}, {"seed": 1})
     (one, two, three, again), run = both(A | B, calls=[{"n": 5} | name for name in names])
@@ -331,6 +384,20 @@ def test_what_cannot_be_captured_runs_as_it_is(graphs, model, reason):
     assert reason in r.report.uncaptured and reason in run.explain() and run.captures.recorded == 0
 
 
+def test_numbers_that_are_made_once_and_kept_are_made_before_steps_are_watched(graphs, monkeypatch):
+    """On a GPU a program's constants are copied from the host at its first evaluation: no reason against later ones."""
+    plain = capture._against
+
+    def on_a_gpu(function, args, kwargs, out):
+        return "copied from the host" if str(function).startswith("aten.lift_fresh") else plain(function, args, kwargs, out)
+
+    monkeypatch.setattr(capture, "_against", on_a_gpu)
+    both(ef.any_of([A, B], log_weights=[0.25, -1.25], sharpness=3.0))
+    (r, _), _ = both(ef.Concept(lambda x: (x * x.new_tensor([1.0, 2.0, 3.0])).square().sum(1), name="anew"), expected=False,
+                     calls=[{"n": 5, "seed": 1}] * 2)
+    assert r.report.uncaptured == "copied from the host"
+
+
 def test_a_capture_that_fails_is_not_tried_again(graphs, monkeypatch):
     run, tried = prepare(A), []
     run.captures._graphs[torch.device("cpu")] = tape = capture.GRAPHS["cpu"](torch.device("cpu"))
@@ -362,7 +429,6 @@ def test_reasons(graphs):
     for run, reason in (
         (prepare(A, capture=False), "capture=False"),
         (prepare(A, backend="reference"), "backend 'reference' takes step and schedules from the host"),
-        (prepare(A, ef.MALA(0.1)), "steps of MALA are not captured"),
         (prepare(f, ef.Annealed([1.0, 0.5], 2, denoise=False), branches="draw"), "every chain runs a branch of its own"),
     ):  # fmt: skip
         r = run(5, seed=1)

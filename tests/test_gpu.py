@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 
 import pytest
@@ -11,7 +12,7 @@ from models import ConditionalQuadratic, Net, NoisedGaussian, gaussian
 from torch import nn
 
 import ebmfast as ef
-from ebmfast import backends, reference, rng
+from ebmfast import backends, capture, reference, rng
 
 if backends.home("triton") == "cpu":
     pytest.skip("TRITON_INTERPRET=1 keeps off the GPU", allow_module_level=True)
@@ -98,6 +99,16 @@ def test_captured_equals_not_captured(sampler):
     both((a & ~b & quadratic) | (c & quadratic), sampler)
 
 
+@pytest.mark.parametrize("sampler", [
+    ef.MALA(0.05, warmup=ef.DualAveraging(10)), ef.HMC(0.1, n_leapfrog_steps=3), ef.BAOAB(0.1),
+    ef.Annealed([1.0, 0.5], 5, inner=ef.MALA)], ids=repr)
+def test_gradients_of_other_samplers_are_replayed(sampler):
+    a, b, c = (ef.Concept(m, name=f"n{i}", reduce="sum") for i, m in enumerate(nets()))
+    quadratic = ef.Concept(lambda x: x.square().sum(1), name="q")
+    got = both((a & b & quadratic) | (c & quadratic), sampler)
+    assert got.acceptance is None or got.acceptance.mean() > 0
+
+
 def test_seeds_shards_tails_and_conditions():
     f = ef.Family(Net().to(GPU), "f", condition_dim=3)
     e = f[ef.Slot("c")] & 0.5 * f([1.0, 0.0, 2.0])
@@ -153,8 +164,9 @@ def test_noise_levels():
 
 
 def test_the_zoo():
-    concepts = ef.zoo.concepts()
-    e = concepts["shape"]("cube") & concepts["color"]("red") & ~concepts["position"](0.5, 0.5)
+    shape, color, position = (  # copies: the models of the zoo are those of every test
+        ef.zoo.family(ef.zoo.card(name), copy.deepcopy(ef.zoo.load(name)).to(GPU)) for name in ("shape", "color", "position"))
+    e = shape("cube") & color("red") & ~position(0.5, 0.5)
     both(e, ef.Annealed.geometric(4.0, 0.06, 3, steps_per_level=3), call={"n": 4, "seed": 1}, shape=(3, 32, 32))
 
 
@@ -180,6 +192,9 @@ def test_tf32_follows_torch():
     finally:
         torch.set_float32_matmul_precision(before)
     assert all(r.report.captured for r in found) and run.captures.recorded == 2
+    if torch.cuda.get_device_capability(GPU) >= (8, 0):
+        assert ["matmul" in r.report.tf32 for r in found] == [False, True] and "TF32 in matmul" in str(found[1].report)
+    assert found[0].report.gpu == torch.cuda.get_device_name(GPU)
 
 
 class Waits(nn.Module):
@@ -220,6 +235,23 @@ def test_recordings_come_and_go():
         gc.collect()
         reserved.append(torch.cuda.memory_reserved(GPU))
     assert reserved[2] <= 1.2 * reserved[1]
+
+
+def test_graphs_that_go_take_nothing_from_the_others():
+    """Of a recording that goes torch drops what cuBLAS had on its stream; the others must not have relied on it."""
+    net = nets(1, 256, 512)[0]
+    e = ef.Concept(net, name="n") & ef.Concept(lambda x: x.square().sum(1), name="q")
+    runs = [ef.prepare(e, LANGEVIN, shape=(256,), steps=9, backend="triton", device=GPU, capture=c) for c in (True, False)]
+    sizes = range(64, 64 + capture.KEPT + 2)
+    for n in sizes:
+        assert runs[0](n=n, seed=1).report.captured
+    gc.collect()
+    poison = [torch.full((1 << 20,), torch.nan, device=GPU) for _ in range(64)]  # where memory was let go of
+    recorded = runs[0].captures.recorded
+    for n in sizes[-3:]:
+        got, expected = (run(n=n, seed=2) for run in runs)
+        assert same_bits(got.x.cpu(), expected.x.cpu())
+    assert runs[0].captures.recorded == recorded and all(bool(p.isnan().all()) for p in poison)
 
 
 def test_no_step_waits_for_the_host():
@@ -299,6 +331,28 @@ def test_out_of_memory_halves_the_micro_batch():
     with pytest.warns(UserWarning, match="out of memory"):
         got = ef.sample(e, batch_size=16, **options)
     assert got.report.micro_batch == 8 and same_bits(got.x.cpu(), ef.sample(e, batch_size=8, **options).x.cpu())
+    assert got.report.captured, got.report.uncaptured
+
+
+class GreedyLate(nn.Module):
+    """Wants it when steps are captured."""
+
+    def forward(self, x):
+        if len(x) > 8 and torch.cuda.is_current_stream_capturing():
+            torch.empty(1 << 60, dtype=torch.uint8, device=x.device)
+        return x.square().sum(1)
+
+
+def test_out_of_memory_in_a_capture_lets_the_next_one_be():
+    require_backend("triton")
+    run = ef.prepare(ef.Concept(GreedyLate(), name="greedy"), LANGEVIN, shape=(3,), steps=20, backend="triton", device=GPU,
+                     batch_size=16, check=False)
+    first = run(n=8, seed=1)
+    with pytest.warns(UserWarning, match="out of memory"):
+        got = run(n=32, seed=1)
+    assert first.report.captured and got.report.captured and got.report.micro_batch == 8, got.report.uncaptured
+    assert same_bits(got.x[:8].cpu(), first.x.cpu())
+    torch.randn(10, device=GPU).sum().item()
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -338,5 +392,5 @@ def test_chain_engine_agrees_with_the_reference():
         if "chain" not in str(error):
             raise
         pytest.skip(f"the chain engine does not run on a GPU yet: {error}")
-    assert got.report.engine == "chain"
+    assert got.report.engine == "chain" and 'chain engine yes, on cuda:0 with backend="cuda"' in e.explain()
     torch.testing.assert_close(got.x, expected.x, rtol=1e-4, atol=1e-4)

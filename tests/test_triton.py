@@ -137,6 +137,17 @@ def test_kernels_write_every_element_once_and_nothing_else(shape):
 
 
 @runs
+@pytest.mark.parametrize("size", [1, 1023, 1024, 1025, 2**31 - 1025, 2**31 - 1024, 2**31 - 1, 2**31, 2**34])
+def test_pieces_of_sizes_around_what_32_bits_hold(size):
+    from ebmfast.kernels.launch import launch
+    from triton_words import pieces_of
+
+    out = torch.zeros(1, dtype=torch.int64, device=HOME)
+    launch(pieces_of, 1, out.device, out=out, size=size, WIDTH=1024)
+    assert out.item() == -(-size // 1024)
+
+
+@runs
 @pytest.mark.parametrize("k", [0, 1, 2, 17])
 @pytest.mark.parametrize("noise", [0.0, 0.3])
 def test_number_of_gradients(k, noise):

@@ -1,8 +1,8 @@
-"""A kernel over given words: noise whose words no counter at hand produces."""
+"""Kernels for tests: noise of given words, which no counter at hand produces, and a size cut into pieces."""
 
 import triton
 import triton.language as tl
-from ebmfast.kernels import philox
+from ebmfast.kernels import blocks, philox
 
 
 @triton.jit
@@ -15,3 +15,9 @@ def from_words(words, out, N: tl.constexpr):
     tl.store(out + i, philox.uniform(w0))
     tl.store(out + N + i, n0)
     tl.store(out + 2 * N + i, n1)
+
+
+@triton.jit
+def pieces_of(out, size, WIDTH: tl.constexpr):
+    """Pieces of WIDTH that a size has; out int64 ``[1]``."""
+    tl.store(out, tl.cast(blocks.pieces(size, WIDTH), tl.int64))

@@ -254,6 +254,7 @@ private:
             chains_[lane].dead = true;
             if (leads(lane)) a_.faults[row_of(lane)] = ((int64_t(step) + 1) << 16) + culprit[lane];
         });
+        warp_barrier();  // energies were read: leads may write the next ones
     }
 
     const ChainArgs& a_;

@@ -136,15 +136,16 @@ EBMFAST_HD uint32_t tf32(float value) {
 //   D [16][8]   d0 d1 d2 d3: (g, 2t) (g, 2t + 1) (g + 8, 2t) (g + 8, 2t + 1)
 //   A bf16 [16][16]   pairs of columns: (g, 2t) (g + 8, 2t) (g, 2t + 8) (g + 8, 2t + 8);   tf32 [16][8]   (g, t) (g + 8, t) (g, t + 4) (g + 8, t + 4)
 //   B bf16 [16][8]    pairs of rows: (2t, g) (2t + 8, g);   tf32 [8][8]   (t, g) (t + 4, g)
+// Volatile, for all 32 threads must come by: what only reads and writes registers could be moved to where some of them need the result.
 template <Product kind, class D> EBMFAST_HD void multiply(PerLane<D>& d, int column, PerLane<Words4>& a, PerLane<Words2>& b) {
 #if defined(__CUDA_ARCH__)
     float* s = d[0].d[column];
     const uint32_t *x = a[0].w, *y = b[0].w;
     if (kind == Product::bf16) {
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
             : "+f"(s[0]), "+f"(s[1]), "+f"(s[2]), "+f"(s[3]) : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(y[0]), "r"(y[1]));
     } else {
-        asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
             : "+f"(s[0]), "+f"(s[1]), "+f"(s[2]), "+f"(s[3]) : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(y[0]), "r"(y[1]));
     }
 #else

@@ -169,6 +169,11 @@ class DenoisingKernel(StepByStep):
         self.descent.init(state.x, state.step, state.faults)
         return state
 
+    @property
+    def captured(self) -> bool:
+        """Whether gradients are replayed from a recording."""
+        return self.inner.captured
+
     def acceptance(self):
         """The share of proposals that each chain accepted since `init`; the last step is none."""
         return self.inner.acceptance()

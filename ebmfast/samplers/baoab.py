@@ -85,6 +85,11 @@ class BAOABKernel(StepByStep):
         self.noise_id = {"seed": seed, "first_chain": first_chain}
         self.frozen_mask = frozen_mask
 
+    @property
+    def captured(self) -> bool:
+        """Whether gradients are replayed from a recording."""
+        return getattr(self.evaluator, "replays", False)
+
     def init(self, x, step=None, faults=None, carried=None) -> LangevinState:
         """The state of chains `x` `[B, *S]` before step `step`."""
         step = self.start if step is None else step

@@ -82,6 +82,11 @@ class MetropolisKernel(StepByStep):
             self._rescale(carried)
         return LangevinState(x, step, faults, carried)
 
+    @property
+    def captured(self) -> bool:
+        """Whether gradients are replayed from a recording."""
+        return getattr(self.evaluator, "replays", False)
+
     def acceptance(self) -> torch.Tensor:
         """The share of proposals that each chain accepted since `init`, or since the warm-up ended, `[B]`."""
         return self._accepted / max(self._proposed, 1)
