@@ -6,7 +6,7 @@ CMAKE := $(or $(shell command -v cmake 2>/dev/null),$(VENV)/bin/cmake)
 NATIVE := $(wildcard csrc/* csrc/*/* cmake/*) CMakeLists.txt
 INTERPRETED := $(addprefix tests/,test_triton.py test_capture.py test_step.py test_rng.py test_accept.py)
 
-.PHONY: demo test lint bench models sanitize clean
+.PHONY: demo test lint bench bench-compare report docs models typecheck sanitize clean
 
 # Rebuilt whenever the native sources or the requirements change; Python files need no reinstall.
 $(STAMP): pyproject.toml constraints.txt $(NATIVE)
@@ -29,7 +29,19 @@ test: $(STAMP) $(VENV)/.triton
 	TRITON_INTERPRET=1 EBMFAST_REQUIRE=$$EBMFAST_REQUIRE,triton $(VENV)/bin/python -m pytest -q $(INTERPRETED); fi
 
 lint: $(STAMP)
-	$(VENV)/bin/ruff check ebmfast kernels tests bench
+	$(VENV)/bin/ruff check ebmfast kernels tests bench docs
+	$(VENV)/bin/mypy --strict tests/typing
+
+# What users see is typed, strictly.
+typecheck: $(STAMP)
+	$(VENV)/bin/mypy --strict tests/typing
+
+# API pages and pictures, from the code.
+docs: $(STAMP)
+	$(VENV)/bin/python docs/api.py
+	$(VENV)/bin/python docs/gallery.py
+	$(VENV)/bin/pip install --quiet -c constraints.txt matplotlib
+	$(VENV)/bin/python docs/pictures.py
 
 bench: $(STAMP)
 	$(VENV)/bin/python -m bench.noise
@@ -41,6 +53,19 @@ bench: $(STAMP)
 	$(VENV)/bin/python -m bench.cubes
 	$(VENV)/bin/pip install --quiet -c constraints.txt blackjax
 	$(VENV)/bin/python -m bench.mala
+	$(VENV)/bin/python -m bench.scaling
+	$(VENV)/bin/python -m bench.quality
+
+# Tables and plots of what was measured, into docs/performance.md.
+report: $(STAMP)
+	$(VENV)/bin/pip install --quiet -c constraints.txt matplotlib
+	$(VENV)/bin/python -m bench.report
+
+# bench/suite here and at another commit, in turns: make bench-compare BASE=main
+BASE ?= main
+bench-compare: $(STAMP)
+	$(VENV)/bin/pip install --quiet -c constraints.txt pytest-benchmark
+	$(VENV)/bin/python -m bench.compare $(BASE)
 
 # Every model of the experiments, one after the other, and what reads their samples; hours on two cores. RESOLUTION=64 for a GPU.
 RESOLUTION ?= 32

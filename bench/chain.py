@@ -17,8 +17,8 @@ import ebmfast as ef
 from bench.timing import Variant, compare, quantiles, record
 from ebmfast import energies
 from ebmfast._native import core
+from ebmfast.benchmark.peers import DRIFT, NOISE, composed, jax_chain, jax_networks, networks, start, torchebm
 
-DRIFT, NOISE = 1e-3, 0.02
 PEAK_ROUNDS = 20_000_000
 CORES = os.sched_getaffinity(0)
 
@@ -31,20 +31,6 @@ def one_core():
         yield
     finally:
         os.sched_setaffinity(0, CORES)
-
-
-def networks(dim: int, width: int, leaves: int = 4) -> list[energies.MLP]:
-    torch.manual_seed(0)
-    return [energies.MLP(dim, (width, width)).requires_grad_(False) for _ in range(leaves)]
-
-
-def composed(nets, either: bool = False):
-    concepts = [ef.Concept(net, name=f"net{k}") for k, net in enumerate(nets)]
-    return ef.any_of(concepts) if either else ef.all_of(concepts)
-
-
-def start(chains: int, dim: int) -> torch.Tensor:
-    return torch.randn(chains, dim, generator=torch.Generator().manual_seed(1))
 
 
 def ours(expr, x: torch.Tensor, steps: int, name: str = "ebmfast", threads: int = 1, **options) -> Variant:
@@ -66,69 +52,6 @@ def ours(expr, x: torch.Tensor, steps: int, name: str = "ebmfast", threads: int 
         torch.testing.assert_close(got, expected, rtol=2e-2 if half else 1e-4, atol=1e-4 if half else 1e-6)
 
     return Variant(name, call, check)
-
-
-def lands_with_ours(step_without_noise, expr, x: torch.Tensor) -> None:
-    """Five noise-free steps of a peer end where ours do."""
-    run = ef.prepare(expr, ef.Langevin(drift=DRIFT, noise=0.0), shape=x.shape[1:], steps=5, energies=False)
-    torch.testing.assert_close(step_without_noise(x, 5), run(x=x, seed=0).x, rtol=1e-4, atol=1e-5)
-
-
-def torchebm(energy, expr, x: torch.Tensor, steps: int) -> Variant:
-    from torchebm.core import BaseModel
-    from torchebm.samplers import LangevinDynamics
-
-    class Model(BaseModel):
-        def forward(self, x):
-            return energy(x)
-
-    def draw(x, n, scale):
-        return LangevinDynamics(Model(), step_size=DRIFT, noise_scale=scale).sample(x=x, n_steps=n)
-
-    scale = NOISE / (2 * DRIFT) ** 0.5
-    return Variant("torchebm", lambda: draw(x, steps, scale), lambda: lands_with_ours(lambda y, n: draw(y, n, 1e-30), expr, x))
-
-
-def jax_chain(energy, expr, x: torch.Tensor, steps: int, name: str = "jax") -> Variant:
-    """`energy` maps a batch `[B, D]` to `[B]` in jax.numpy."""
-    import jax
-    import jax.numpy as jnp
-
-    gradient = jax.grad(lambda y: energy(y).sum())
-
-    def draw(y, key, n, noise):
-        def step(y, key):
-            return y - DRIFT * gradient(y) + noise * jax.random.normal(key, y.shape), None
-
-        return jax.lax.scan(step, y, jax.random.split(key, n))[0]
-
-    compiled = jax.jit(draw, static_argnums=2)
-    y, key = jnp.asarray(x.numpy()), jax.random.PRNGKey(0)
-
-    def noise_free(x, n):
-        return torch.from_numpy(jax.device_get(compiled(jnp.asarray(x.numpy()), key, n, 0.0)).copy())
-
-    return Variant(name, lambda: compiled(y, key, steps, NOISE).block_until_ready(), lambda: lands_with_ours(noise_free, expr, x))
-
-
-def jax_networks(nets, either: bool = False):
-    """The composition of the networks in jax.numpy, leaf by leaf and stacked."""
-    import jax
-    import jax.numpy as jnp
-
-    leaves = [[(jnp.asarray(m.weight.numpy().T), jnp.asarray(m.bias.numpy())) for m in (*net.layers, net.read_out)] for net in nets]
-    stacked = [tuple(jnp.stack(parts) for parts in zip(*layers)) for layers in zip(*leaves)]
-
-    def one(parameters, x):
-        for w, b in parameters[:-1]:
-            x = jax.nn.silu(x @ w + b)
-        w, b = parameters[-1]
-        return (x @ w + b)[..., 0]
-
-    def combine(e):
-        return -jax.nn.logsumexp(-e, axis=0) if either else e.sum(0)
-
-    return (lambda x: combine(jnp.stack([one(p, x) for p in leaves]))), (lambda x: combine(jax.vmap(one, (0, None))(stacked, x)))
 
 
 def peak() -> Variant:

@@ -1,96 +1,18 @@
-"""Interleaved timing: every variant is checked first, all take turns in one process. Results: JSON lines.
-
-A variant that computes the wrong thing gets no time.
-"""
+"""Timing (`ebmfast.benchmark.timing`), and where results of these benches go: bench/results/*.jsonl."""
 
 from __future__ import annotations
 
 import json
-import platform
-import statistics
-import time
-from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import torch
-
-from ebmfast._native import core
+from ebmfast.benchmark.timing import Variant, append, compare, copy_bandwidth, machine, quantiles
 
 __all__ = ["Variant", "compare", "copy_bandwidth", "quantiles", "record"]
 
 RESULTS = Path(__file__).parent / "results"
 
 
-class Variant:
-    """A named function to time. ``check`` raises if it computes the wrong thing."""
-
-    def __init__(self, name: str, run: Callable[[], object], check: Callable[[], None]) -> None:
-        self.name, self.run, self.check = name, run, check
-
-
-def compare(
-    variants: Iterable[Variant], *, rounds: int = 15, clock=time.perf_counter, measure=None
-) -> dict[str, list[float]]:
-    """Seconds per call of each variant, sorted; they take turns, after a check and a warm-up call of each.
-
-    ``measure``, in the place of a clock: a function of a variant that runs it and returns seconds."""
-    variants = list(variants)
-    for variant in variants:
-        variant.check()
-        variant.run()
-    seconds: dict[str, list[float]] = {variant.name: [] for variant in variants}
-    for _ in range(rounds):
-        for variant in variants:
-            if measure is not None:
-                seconds[variant.name].append(measure(variant))
-                continue
-            start = clock()
-            variant.run()
-            seconds[variant.name].append(clock() - start)
-    return {name: sorted(values) for name, values in seconds.items()}
-
-
-def quantiles(seconds: list[float]) -> dict[str, float]:
-    """Median, 20th and 80th percentile."""
-    fifths = statistics.quantiles(seconds, n=5)
-    return {"median": statistics.median(seconds), "p20": fifths[0], "p80": fifths[3]}
-
-
-def copy_bandwidth(n_bytes: int) -> Variant:
-    """torch's copy of ``n_bytes``, which reads and writes that much: the roofline of a streaming kernel."""
-    source, target = torch.ones(n_bytes // 4), torch.zeros(n_bytes // 4)
-
-    def check() -> None:
-        target.copy_(source)
-        assert torch.equal(source, target)
-
-    return Variant("copy", lambda: target.copy_(source), check)
-
-
 def record(bench: str, case: dict[str, object], results: dict[str, object]) -> None:
     """Prints the results and appends them, with machine and versions, to bench/results/<bench>.jsonl."""
-    build = core.build_info()
-    line = {
-        "bench": bench,
-        **case,
-        **results,
-        "device": _cpu_name(),
-        "isa": core.isa(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "ebmfast": build["version"],
-        "commit": build["commit"],
-        "compiler": build["compiler"],
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-    RESULTS.mkdir(exist_ok=True)
-    with open(RESULTS / f"{bench}.jsonl", "a") as file:
-        file.write(json.dumps(line) + "\n")
+    append(RESULTS / f"{bench}.jsonl", [{"bench": bench, **case, **results, **machine()}])
     print(json.dumps({**case, **results}, indent=1))
-
-
-def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

@@ -161,7 +161,8 @@ class DrawnEvaluator:
 
 
 def log_partition(expr: Expression, shape: Sequence[int], *, mean: float = 0.0, std: float = 1.0, n: int = 256, levels: int = 200,
-                  step_size: float = 0.1, steps_per_level: int = 1, seed=0, **options) -> tuple[float, float]:
+                  step_size: float = 0.1, steps_per_level: int = 1,
+                  seed: int | torch.Generator | None = 0, **options: object) -> tuple[float, float]:
     """log Z = log ∫ exp(-E(x)) dx by annealed importance sampling, and its standard error.
 
     Chains start from N(mean, std²) and go through E_β = (1 - β) E_0 + β E in `levels` equal steps of β, moved by MALA;

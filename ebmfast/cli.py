@@ -1,4 +1,4 @@
-"""The command line: `ebmfast sample | demo | infer | train | scenes | faces | evaluate | judge | models | doctor`."""
+"""The command line: `ebmfast sample | demo | infer | train | scenes | faces | evaluate | judge | models | bench | doctor`."""
 
 from __future__ import annotations
 
@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_lazy(commands, "faces", "CelebA's files, schematic faces in their layout, composed faces", "faces.cli")
     _add_lazy(commands, "evaluate", "the paper's experiments: tables and pictures, by a judge", "experiments.cli")
     _add_lazy(commands, "judge", "train the network that reads samples in `evaluate`", "experiments.judge_cli")
+    _add_lazy(commands, "bench", "this machine's own table against the libraries installed here", "benchmark.quick")
     doctor = commands.add_parser("doctor", help="versions, backends, and checks that run the kernels")
     doctor.set_defaults(run=_doctor)
     return parser

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Real
+from typing import NoReturn
 
 import torch
 
@@ -29,6 +30,9 @@ from .program import Program
 from .weights import Weight, add, as_weight, combine, from_data, lowest, multiply, to_data
 
 PAPER_ALPHA = 0.01
+
+Condition = float | Sequence[float] | torch.Tensor
+Pair = Sequence[float]  # (low, high)
 
 
 class UngroundedNegationError(ValueError):
@@ -107,24 +111,24 @@ class Expression:
     number, the noise level) where a model or a weight depends on one, and `conditions` (`{slot: [B, C]}`).
     """
 
-    def __and__(self, other):
+    def __and__(self, other: Expression) -> Expression:
         return all_of([self, other]) if isinstance(other, Expression) else NotImplemented
 
-    def __or__(self, other):
+    def __or__(self, other: Expression) -> Expression:
         return any_of([self, other]) if isinstance(other, Expression) else NotImplemented
 
-    def __invert__(self):
+    def __invert__(self) -> Expression:
         return negate(self)
 
-    def __mul__(self, weight):
+    def __mul__(self, weight: Weight) -> Expression:
         if isinstance(weight, Expression):
             raise TypeError("two expressions cannot be multiplied; `a & b` multiplies their densities")
         return Sum(((as_weight(weight), self),))
 
-    def __rmul__(self, weight):
+    def __rmul__(self, weight: Weight) -> Expression:
         return self.__mul__(weight)
 
-    def __bool__(self):
+    def __bool__(self) -> NoReturn:
         raise TypeError(
             "a composition has no truth value: `a and b` would silently be `b`. Write `a & b`, `a | b`, `~a`")
 
@@ -177,18 +181,21 @@ class Expression:
             " `a & ~b` with a smaller alpha (`negate(b, alpha=0.1)`), and in an OR ground every branch."
             " If you mean it, bound the domain (clamp=(lo, hi)) or pass allow_improper=True")
 
-    def energy(self, x, sigma: float | None = None, conditions: Mapping | None = None) -> torch.Tensor:
+    def energy(self, x: torch.Tensor, sigma: float | None = None,
+               conditions: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
         """E(x) of the composition, `[B]`, differentiable with respect to `x` and to the models."""
         columns = self.leaf_energies(x, sigma, conditions).unbind(1)
         return self.program.evaluate(columns, sigma) if columns else x.new_zeros(x.shape[0])
 
-    def leaf_energies(self, x, sigma: float | None = None, conditions: Mapping | None = None) -> torch.Tensor:
+    def leaf_energies(self, x: torch.Tensor, sigma: float | None = None,
+                      conditions: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
         """E_k(x) of every leaf, `[B, K]`, columns as in `leaves`."""
         from .plan import Plan
         columns = Plan(self).bind(x, conditions).energies(x, sigma)
         return torch.stack(columns, dim=1) if columns else x.new_zeros(x.shape[0], 0)
 
-    def gradient(self, x, sigma: float | None = None, conditions: Mapping | None = None) -> torch.Tensor:
+    def gradient(self, x: torch.Tensor, sigma: float | None = None,
+                 conditions: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
         """∇E(x) = Σ_k w_k(x) ∇E_k(x), `[B, *S]`, w = ∂E/∂E_k; from one batched forward-backward."""
         from .plan import Plan
         return Plan(self).bind(x, conditions).gradient(x, sigma)
@@ -228,9 +235,10 @@ class Concept(Expression):
     name: str
     family: Family | None = field(default=None)
 
-    def __init__(self, model, condition=None, name: str | None = None, *, reduce: str | None = None,
-                 takes_sigma: bool | None = None, data_range=None, sigma=None, negation_alpha=None,
-                 returns: str = "energy", gradient: Callable | None = None):
+    def __init__(self, model: Callable[..., torch.Tensor], condition: Condition | Slot | None = None, name: str | None = None, *,
+                 reduce: str | None = None, takes_sigma: bool | None = None, data_range: Pair | None = None,
+                 sigma: Pair | None = None, negation_alpha: Weight | None = None, returns: str = "energy",
+                 gradient: Callable[..., torch.Tensor] | None = None) -> None:
         name = name or getattr(model, "__name__", None) or type(model).__name__
         source = _source(model, name, takes_sigma, reduce, data_range, sigma, negation_alpha, returns, gradient)
         self._set(source, _as_condition(condition, name), name, None)
@@ -266,10 +274,11 @@ class Family:
     `family("red")`, `family(0.2, 0.8)`, `family([0.2, 0.8])` and `family[Slot("c")]` are concepts.
     """
 
-    def __init__(self, model, name: str, labels: Mapping[str, Sequence[float]] | None = None, *,
-                 unconditional: bool = False, condition_dim: int | None = None, data_range=None, sigma=None,
-                 negation_alpha=None, takes_sigma: bool | None = None, reduce: str | None = None, returns: str = "energy",
-                 gradient: Callable | None = None):
+    def __init__(self, model: Callable[..., torch.Tensor], name: str, labels: Mapping[str, Condition] | None = None, *,
+                 unconditional: bool = False, condition_dim: int | None = None, data_range: Pair | None = None,
+                 sigma: Pair | None = None, negation_alpha: Weight | None = None, takes_sigma: bool | None = None,
+                 reduce: str | None = None, returns: str = "energy",
+                 gradient: Callable[..., torch.Tensor] | None = None) -> None:
         self.name = name
         self.labels = {str(k): _as_condition(v, f"{name}[{k!r}]") for k, v in (labels or {}).items()}
         widths = {len(v) for v in self.labels.values()} | ({condition_dim} if condition_dim else set())
@@ -294,7 +303,7 @@ class Family:
             raise TypeError(f"{self.name}[...] takes an ef.Slot, got {slot!r}; write {self.name}({slot!r})")
         return self._concept(slot, f"{self.name}[{slot.name}]")
 
-    def __call__(self, *condition) -> Concept:
+    def __call__(self, *condition: str | Condition | Slot) -> Concept:
         if len(condition) == 1:
             condition = condition[0]
         if isinstance(condition, str):
@@ -434,7 +443,7 @@ def _expressions(items: Iterable, what: str) -> tuple[Expression, ...]:
     return items
 
 
-def all_of(expressions: Iterable[Expression], weights: Sequence | None = None) -> Expression:
+def all_of(expressions: Iterable[Expression], weights: Sequence[Weight] | None = None) -> Expression:
     """Conjunction: E = Σ wᵢ Eᵢ, p ∝ ∏ pᵢ^wᵢ. Weights are numbers or schedules over the noise level."""
     items = _expressions(expressions, "all_of")
     weights = [1.0] * len(items) if weights is None else [as_weight(w, "weights") for w in weights]
@@ -464,7 +473,7 @@ def any_of(expressions: Iterable[Expression], log_weights: Sequence | None = Non
     return LogSumExp(items, tuple(logs), sharpness)
 
 
-def negate(expression: Expression, alpha=None) -> Expression:
+def negate(expression: Expression, alpha: Weight | None = None) -> Expression:
     """Negation: E = -α E_b, so `a & negate(b, α)` has p ∝ p_a / p_b^α.
 
     `alpha` None is the model's own `negation_alpha` (the least of them where `expression` has several
@@ -496,7 +505,7 @@ def without(expression: Expression, concept: Expression, prior: Expression, odds
     return Sum(((1.0, expression), (1.0, prior), (-1.0, either)), expression.step_scale)
 
 
-def with_prior(expression: Expression, prior: Expression, weight=1.0) -> Expression:
+def with_prior(expression: Expression, prior: Expression, weight: Weight = 1.0) -> Expression:
     """Count the prior once: every conjunction of total weight W gets -(W - 1)·E_p.
 
     So a conjunction becomes p(x) ∏ᵢ (p(x|cᵢ)/p(x))^wᵢ, that is E_p + Σ wᵢ (Eᵢ - E_p); in it an OR counts 1

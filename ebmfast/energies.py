@@ -18,6 +18,8 @@ __all__ = [
     "Rosenbrock", "StyblinskiTang",
 ]
 
+Numbers = float | Sequence[float] | Sequence[Sequence[float]] | Sequence[Sequence[Sequence[float]]] | Tensor
+
 ACTIVATIONS = {"silu": nn.SiLU, "relu": nn.ReLU, "tanh": nn.Tanh, "softplus": nn.Softplus, "gelu": nn.GELU}
 
 
@@ -78,7 +80,7 @@ class Gaussian(nn.Module):
         ValueError: shapes that do not match, or a covariance that is not one.
     """
 
-    def __init__(self, mean, cov=1.0):
+    def __init__(self, mean: Numbers, cov: Numbers = 1.0) -> None:
         super().__init__()
         mean = _vector(mean, "mean")
         self.register_buffer("mean", mean)
@@ -104,7 +106,7 @@ class GaussianMixture(nn.Module):
         ValueError: shapes that do not match, covariances or weights that are none.
     """
 
-    def __init__(self, means, covs=1.0, weights=None):
+    def __init__(self, means: Numbers, covs: Numbers = 1.0, weights: Numbers | None = None) -> None:
         super().__init__()
         means = torch.as_tensor(means, dtype=torch.get_default_dtype()).detach().clone()
         if means.ndim != 2 or not means.numel():
@@ -132,7 +134,7 @@ class GaussianMixture(nn.Module):
 class Harmonic(nn.Module):
     r"""A harmonic oscillator: :math:`E(x) = \frac{k}{2} \sum_i x_i^2`, a Gaussian of variance 1/k."""
 
-    def __init__(self, k: float = 1.0):
+    def __init__(self, k: float = 1.0) -> None:
         super().__init__()
         self.k = float(k)
 
@@ -144,7 +146,7 @@ class Harmonic(nn.Module):
 class DoubleWell(nn.Module):
     r"""Two wells at ±b in every coordinate: :math:`E(x) = h \sum_i (x_i^2 - b^2)^2`, h the barrier's height at b = 1."""
 
-    def __init__(self, barrier_height: float = 2.0, b: float = 1.0):
+    def __init__(self, barrier_height: float = 2.0, b: float = 1.0) -> None:
         super().__init__()
         self.barrier_height, self.b = float(barrier_height), float(b)
 
@@ -165,7 +167,7 @@ class StyblinskiTang(nn.Module):
 class Rosenbrock(nn.Module):
     r"""The Rosenbrock function: :math:`E(x) = \sum_{i<D} b (x_{i+1} - x_i^2)^2 + (a - x_i)^2`, D ≥ 2."""
 
-    def __init__(self, a: float = 1.0, b: float = 100.0):
+    def __init__(self, a: float = 1.0, b: float = 100.0) -> None:
         super().__init__()
         self.a, self.b = float(a), float(b)
 
@@ -190,7 +192,7 @@ class Himmelblau(nn.Module):
 class Rastrigin(nn.Module):
     r"""The Rastrigin function: :math:`E(x) = a D + \sum_i x_i^2 - a \cos(2 \pi x_i)`."""
 
-    def __init__(self, a: float = 10.0):
+    def __init__(self, a: float = 10.0) -> None:
         super().__init__()
         self.a = float(a)
 
@@ -206,7 +208,7 @@ class Ackley(nn.Module):
     Bars are means over coordinates. It has no gradient at 0; torch gives NaN there.
     """
 
-    def __init__(self, a: float = 20.0, b: float = 0.2, c: float = 2 * math.pi):
+    def __init__(self, a: float = 20.0, b: float = 0.2, c: float = 2 * math.pi) -> None:
         super().__init__()
         self.a, self.b, self.c = float(a), float(b), float(c)
 
@@ -240,7 +242,7 @@ class MLP(nn.Module):
     """
 
     def __init__(self, dim: int, widths: Sequence[int], activation: str = "silu", condition_dim: int = 0,
-                 conditioning: str = "concat"):
+                 conditioning: str = "concat") -> None:
         super().__init__()
         widths = tuple(int(w) for w in widths)
         if dim < 1 or not widths or min(widths) < 1:

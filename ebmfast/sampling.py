@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -17,7 +17,7 @@ from .chain import Chain, NotNative
 from .composition import Expression
 from .cuda_chain import CHAINS, tf32_products
 from .devices import ManyDevices
-from .driver import Call, Chains, Interrupt, by_step
+from .driver import Call, Chains, Interrupt, StepInfo, by_step
 from .plan import Plan, check_conditions
 from .quick import QuickCall
 from .samplers import SAMPLERS, Annealed, Langevin, Sampler
@@ -26,16 +26,19 @@ from .state import Interrupted, Report, Result, SampleState, Trace
 ON_NONFINITE = ("raise", "freeze", "restart")
 ENGINES = ("auto", "step", "chain")
 
+Device = str | torch.device | Sequence[str | torch.device] | None
 
-def sample(expr: Expression, n: int | None = None, shape=None, sampler: Sampler | None = None,
-           steps: int | None = None, seed=None, *, conditions: Mapping | None = None, x: torch.Tensor | None = None,
-           init: str | Callable | None = None, first_chain: int = 0, frozen_mask: torch.Tensor | None = None,
-           batch_size: int | None = None, memory_limit: int | str | None = None, device=None,
+
+def sample(expr: Expression, n: int | None = None, shape: int | Sequence[int] | None = None, sampler: Sampler | None = None,
+           steps: int | None = None, seed: int | torch.Generator | None = None, *,
+           conditions: Mapping[str, torch.Tensor] | None = None, x: torch.Tensor | None = None,
+           init: str | Callable[..., torch.Tensor] | None = None, first_chain: int = 0, frozen_mask: torch.Tensor | None = None,
+           batch_size: int | None = None, memory_limit: int | str | None = None, device: Device = None,
            compute_dtype: torch.dtype | None = None, channels_last: bool = False, compile: bool = False,
            stack_models: bool | str = "auto", branches: str | DrawBranches | None = None, check: bool = True,
            capture: bool = True, backend: str = "auto", engine: str = "auto", trace: Trace | int | None = None,
-           callback: Callable | None = None, progress: bool = False, energies: bool = True, on_nonfinite: str = "raise",
-           resume: SampleState | None = None, allow_improper: bool = False) -> Result:
+           callback: Callable[[StepInfo], object] | None = None, progress: bool = False, energies: bool = True,
+           on_nonfinite: str = "raise", resume: SampleState | None = None, allow_improper: bool = False) -> Result:
     """Draw chains of the composition `expr`: `prepare(expr, sampler, ...)` and one call of it.
 
     Every chain runs x <- clamp(x - drift·∇E(x) + noise·z) for `steps` steps, E the composed energy and z the
@@ -106,8 +109,8 @@ def sample(expr: Expression, n: int | None = None, shape=None, sampler: Sampler 
                trace=trace, callback=callback, progress=progress, resume=resume)
 
 
-def prepare(expr: Expression, sampler: Sampler | None = None, *, shape=None, steps: int | None = None,
-            batch_size: int | None = None, memory_limit: int | str | None = None, device=None,
+def prepare(expr: Expression, sampler: Sampler | None = None, *, shape: int | Sequence[int] | None = None, steps: int | None = None,
+            batch_size: int | None = None, memory_limit: int | str | None = None, device: Device = None,
             compute_dtype: torch.dtype | None = None, channels_last: bool = False, compile: bool = False,
             stack_models: bool | str = "auto", branches: str | DrawBranches | None = None, check: bool = True,
             capture: bool = True, backend: str = "auto", engine: str = "auto", energies: bool = True, on_nonfinite: str = "raise",
@@ -185,11 +188,11 @@ class Run:
     def __setstate__(self, state):
         vars(self).update(state, _lock=threading.RLock())
 
-    def __call__(self, n: int | None = None, seed=None, *, steps: int | None = None,
-                 conditions: Mapping | None = None, x: torch.Tensor | None = None,
-                 init: str | Callable | None = None, first_chain: int = 0,
+    def __call__(self, n: int | None = None, seed: int | torch.Generator | None = None, *, steps: int | None = None,
+                 conditions: Mapping[str, torch.Tensor] | None = None, x: torch.Tensor | None = None,
+                 init: str | Callable[..., torch.Tensor] | None = None, first_chain: int = 0,
                  frozen_mask: torch.Tensor | None = None, trace: Trace | int | None = None,
-                 callback: Callable | None = None, progress: bool = False,
+                 callback: Callable[[StepInfo], object] | None = None, progress: bool = False,
                  resume: SampleState | None = None, quick: bool = True) -> Result:
         """Draw chains; arguments as in `sample`. `quick=False` keeps even a short, plain call on the general path."""
         plain = resume is None and trace is None and callback is None and frozen_mask is None and init is None

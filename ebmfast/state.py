@@ -139,7 +139,7 @@ class SampleState:
         """Whether every chain reached `target`."""
         return bool((self.step >= self.target).all())
 
-    def save(self, path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write the state as safetensors, to a temporary file first, then in place of `path`."""
         path = Path(path)
         tensors = {"x": self.x, "step": self.step, "faults": self.faults}
@@ -152,7 +152,7 @@ class SampleState:
         partial.replace(path)
 
     @classmethod
-    def load(cls, path, device="cpu") -> SampleState:
+    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> SampleState:
         """Read what `save` wrote.
 
         Raises:
@@ -236,7 +236,10 @@ class Result:
     `state` and `report` may be given as functions; they are made when they are first asked for.
     """
 
-    def __init__(self, x, energy, leaf_energies, trace, state, report, acceptance=None, branch=None, step_size=None):
+    def __init__(self, x: torch.Tensor, energy: torch.Tensor | None, leaf_energies: torch.Tensor | None, trace: TraceResult | None,
+                 state: SampleState | Callable[[], SampleState], report: Report | Callable[[], Report],
+                 acceptance: torch.Tensor | None = None, branch: torch.Tensor | None = None,
+                 step_size: torch.Tensor | None = None) -> None:
         self.x, self.energy, self.leaf_energies, self.trace = x, energy, leaf_energies, trace
         self.acceptance, self.branch, self.step_size = acceptance, branch, step_size
         self._state, self._report = state, report

@@ -1,4 +1,4 @@
-"""A wheel built from the sources works in a fresh environment, from any folder."""
+"""A wheel built from the source distribution works in a fresh environment, from any folder."""
 
 import importlib.util
 import os
@@ -6,6 +6,7 @@ import shutil
 import site
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ def call(*command, cwd, **env):
 
 @pytest.fixture(scope="module")
 def fresh(tmp_path_factory):
-    """A copy of the sources, and a Python that has the wheel built from them beside this one's torch."""
+    """A copy of the sources, and a Python that has the wheel built from their sdist beside this one's torch."""
     for module in ("scikit_build_core", "pybind11"):
         if importlib.util.find_spec(module) is None:
             pytest.skip(f"building a wheel here needs {module}, from the extra ebmfast[test]")
@@ -34,7 +35,11 @@ def fresh(tmp_path_factory):
         path = ROOT / name
         shutil.copytree(path, source / name, ignore=shutil.ignore_patterns("*.so", "__pycache__")) if path.is_dir() else \
             shutil.copy(path, source / name)
-    built = call(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", folder, source,
+    made = call(sys.executable, "-c", "import sys; from scikit_build_core.build import build_sdist; build_sdist(sys.argv[1])",
+                folder, cwd=source)
+    assert made.returncode == 0, made.stdout + made.stderr
+    (sdist,) = folder.glob("ebmfast-*.tar.gz")
+    built = call(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", folder, sdist,
                  cwd=folder, EBMFAST_CUDA="OFF")
     assert built.returncode == 0, built.stdout + built.stderr
     assert call(sys.executable, "-m", "venv", "--without-pip", folder / "venv", cwd=folder).returncode == 0
@@ -55,6 +60,18 @@ def test_the_wheel_works_from_any_folder(fresh):
     assert str(folder / "venv") in where.stdout, where.stdout + where.stderr
     models = call(python.parent / "ebmfast", "models", cwd=folder)
     assert models.returncode == 0 and "shape('cube')" in models.stdout, models.stdout + models.stderr
+
+
+def test_the_sdist_has_what_a_build_needs_and_nothing_built(fresh):
+    (sdist,) = fresh[2].glob("ebmfast-*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+        about = archive.extractfile(f"{sdist.name.removesuffix('.tar.gz')}/PKG-INFO").read().decode()
+    for needed in ("CMakeLists.txt", "LICENSE", "csrc/chain.cpp", "kernels/step.py", "ebmfast/py.typed",
+                   "ebmfast/zoo/color.safetensors"):
+        assert needed in names
+    assert not [n for n in names if n.endswith((".so", ".pyc")) or n.startswith((".venv", "build/", "bench/results"))]
+    assert "Requires-Dist: torch>=2.6" in about and "# ebmfast" in about
 
 
 def test_the_sources_shadow_a_wheel_and_say_so(fresh):

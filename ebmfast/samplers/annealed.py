@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -90,7 +91,7 @@ class Annealed(Dynamics):
                 f" denoise={self.denoise}{inner})")
 
     @classmethod
-    def geometric(cls, high: float, low: float, levels: int, **options) -> Annealed:
+    def geometric(cls, high: float, low: float, levels: int, **options: Any) -> Annealed:
         """`levels` noise levels from `high` to `low` in equal ratios."""
         if levels < 1 or (levels == 1 and high != low):
             raise ValueError(f"`levels` must be at least 2 to reach from {high} to {low}, got {levels}")

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from time import perf_counter
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -91,12 +91,13 @@ class Langevin(Dynamics):
         return f"Langevin({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in changed)})"
 
     @classmethod
-    def paper(cls, step_size: float = 1.0, **options) -> Langevin:
+    def paper(cls, step_size: float = 1.0, **options: Any) -> Langevin:
         """The rule as printed: x - (λ/2)∇E + ω, ω ~ N(0, λ). Source: Du et al. 2020, equation 2."""
         return cls(step_size=step_size, **options)
 
     @classmethod
-    def reference_code(cls, step: float = 100.0, sigma: float = 0.001, clamp=(0.0, 1.0), **options) -> Langevin:
+    def reference_code(cls, step: float = 100.0, sigma: float = 0.001, clamp: tuple[float, float] | None = (0.0, 1.0),
+                       **options: Any) -> Langevin:
         """What the paper's code runs: noise first, drift and noise apart, clamped to the data range.
 
         Its effective temperature, σ²/(2·step) = 5e-9 at these settings, makes it descent, not sampling.

@@ -8,10 +8,16 @@ import functools
 import hashlib
 import importlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from ..composition import Expression, Family
+    from ..samplers import Annealed
 
 _FOLDER = Path(__file__).parent
 
@@ -21,7 +27,7 @@ def names(kind: str = "noise-conditional energy") -> list[str]:
     return sorted(p.stem for p in _FOLDER.glob("*.json") if json.loads(p.read_text())["kind"] == kind)
 
 
-def card(name: str) -> dict:
+def card(name: str) -> dict[str, Any]:
     """The card of one model: what its condition means, its ranges, sampler settings, recipe, scores and hash.
 
     Raises ValueError for an unknown name and lists the known ones.
@@ -71,12 +77,12 @@ def load_from(folder: str | Path, name: str) -> nn.Module:
 
 
 @functools.cache
-def concepts() -> dict:
+def concepts() -> dict[str, Family]:
     """The bundled concept models as `{name: Family}`, with labels, ranges, α and prior from their cards."""
     return {name: family(card(name), load(name)) for name in names()}
 
 
-def family(about: dict, model: nn.Module):
+def family(about: Mapping[str, Any], model: nn.Module) -> Family:
     """A trained model and its card as a `Family`."""
     from ..composition import Family
 
@@ -85,7 +91,7 @@ def family(about: dict, model: nn.Module):
                   negation_alpha=about["negation_alpha"])
 
 
-def own_priors(expression, above: float = 0.0):
+def own_priors(expression: Expression, above: float = 0.0) -> Expression:
     """Every conjunction with each model's own prior taken out once: E_1 + sum_(i > 1) w_i (E_i - E_i,unconditional).
 
     The product of experts p(x | c_1) prod_i (p(x | c_i) / p(x))^w_i, as `with_prior` writes it, but each ratio comes
@@ -125,7 +131,7 @@ def _prior_of(term):
     return leaf.family.unconditional
 
 
-def recommended(expression, about: dict | None = None):
+def recommended(expression: Expression, about: Mapping[str, dict[str, Any]] | None = None) -> tuple[Expression, Annealed]:
     """The expression with its priors counted once, and the sampler that the cards name: `(expression, Annealed)`.
 
     The prior of each conjunct is its own model's (`own_priors`); a composition that has a prior of its own

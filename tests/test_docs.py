@@ -1,0 +1,88 @@
+"""Pages agree with the code: quoted messages exist, links lead somewhere, generated pages are what they are made from."""
+
+import ast
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+# Written beside these pages; a link to one that is not there yet is not checked.
+ELSEWHERE = {"datasets.md", "performance.md"}
+
+
+def tool(name):
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", DOCS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def texts(tree):
+    """Every string of a module as one text, "…" where a value is filled in."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+
+
+SOURCE = "\n".join(text for path in (ROOT / "ebmfast").rglob("*.py") for text in texts(ast.parse(path.read_text())))
+HEADINGS = re.findall(r"^### `+ ?(.*?)`+$", (DOCS / "troubleshooting.md").read_text(), re.M)
+
+
+@pytest.mark.parametrize("message", HEADINGS)
+def test_quoted_messages_exist(message):
+    assert message.strip("… ") in SOURCE or message.replace("``", "`").strip("… ") + "`" in SOURCE
+
+
+def test_there_are_messages():
+    assert len(HEADINGS) > 25
+
+
+def anchors(text):
+    """What GitHub makes of headings."""
+    for heading in re.findall(r"^#+ (.*)$", text, re.M):
+        yield re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        path = (page.parent / name) if name else page
+        if path.name in ELSEWHERE and not path.exists():
+            continue
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path.read_text()), target
+
+
+def test_api_pages_are_those_of_the_docstrings():
+    found = {p.name: p.read_text() for p in (DOCS / "api").glob("*.md")}
+    assert found == tool("api").pages(), "run `make docs`"
+
+
+def test_the_gallery_is_what_its_script_draws(tmp_path):
+    gallery = tool("gallery")
+    assert (DOCS / "gallery.md").read_text() == gallery.page(), "run `make docs`"
+    pictures = list((DOCS / "gallery").glob("*.png"))
+    assert {p.stem for p in pictures} == {name for name, _, _ in gallery.SCENES}
+    assert sum(p.stat().st_size for p in pictures) < 300_000
+    image = pytest.importorskip("PIL.Image")
+    for name, _, text in gallery.SCENES:
+        with image.open(DOCS / "gallery" / f"{name}.png") as picture:
+            assert picture.text["expression"] == text
+    gallery.main(["--smoke", str(tmp_path)])
+    assert (tmp_path / "one.png").exists()
+
+
+def test_explain_prints_what_the_page_shows(capsys):
+    page = (DOCS / "engines.md").read_text()
+    code, shown = re.search(r"```python\n(.*?)```.*?```text\n(.*?)```", page, re.S).groups()
+    exec(compile(code, "a page", "exec"), {})
+    assert capsys.readouterr().out == shown
