@@ -25,6 +25,7 @@ from .composition import (
 from .coupling import CoupledError
 from .driver import StepInfo
 from .expressions import parse
+from .generate import load_dataset
 from .samplers import BAOAB, HMC, MALA, Annealed, DualAveraging, Langevin
 from .sampling import Run, prepare, sample
 from .state import Fault, Interrupted, NonFiniteError, Report, Result, RunawayError, SampleState, Trace, TraceResult
@@ -36,6 +37,6 @@ __all__ = [
     "BAOAB", "HMC", "MALA", "AboveSigma", "Annealed", "Concept", "CoupledError", "DrawBranches", "DualAveraging",
     "Expression", "Family", "Fault", "Interrupted", "Langevin", "NonFiniteError", "PiecewiseSigma", "Report", "Result", "Run",
     "RunawayError", "SampleState", "Slot", "StepInfo", "Trace", "TraceResult", "UngroundedNegationError", "all_of", "any_of",
-    "diagnostics", "energies", "from_json", "log_partition", "negate", "ops", "parse", "prepare", "root_branches", "sample",
-    "with_prior", "zoo",
+    "diagnostics", "energies", "from_json", "load_dataset", "log_partition", "negate", "ops", "parse", "prepare",
+    "root_branches", "sample", "with_prior", "zoo",
 ]

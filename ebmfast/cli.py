@@ -1,4 +1,4 @@
-"""The command line: `ebmfast sample | demo | train | scenes | evaluate | models | doctor`."""
+"""The command line: `ebmfast sample | generate | demo | train | scenes | evaluate | models | doctor`."""
 
 from __future__ import annotations
 
@@ -48,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"ebmfast {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     _add_sample(commands)
+    _add_lazy(commands, "generate", "large data sets of composed samples, resumable", "generate.cli")
     _add_demo(commands)
     _add_models(commands)
     _add_lazy(commands, "train", "train one concept on the scene data set", "training.cli")
