@@ -15,7 +15,7 @@ from pathlib import Path
 
 
 def generate(plan: str | Path | Mapping | None, out: str | Path, *, engine: str = "auto", workers: int | None = None,
-             rank: int | None = None, world_size: int | None = None, retries: int = 3, start_method: str = "spawn",
+             rank: int | None = None, world_size: int | None = None, retries: int = 3, start_method: str | None = None,
              full_check: bool = False, progress: bool = False, say: Callable[[str], None] | None = None) -> bool:
     """Make the data set of a plan in `out`, or what is missing of it; returns whether it is complete.
 
@@ -28,7 +28,8 @@ def generate(plan: str | Path | Mapping | None, out: str | Path, *, engine: str 
         workers: processes of the local engine (0: this process), or Ray tasks at once. By default one per GPU or core.
         rank, world_size: of the torchrun engine, where the environment does not say.
         retries: how often the shards of a worker that died are tried again.
-        start_method: how the local engine starts processes: "spawn", "forkserver" or "fork".
+        start_method: how the local engine starts processes: "spawn", "forkserver" or "fork". By default forkserver on a CPU where
+            the system has it, else spawn; both import the caller's script, which needs `if __name__ == "__main__":`.
         full_check: hash every committed shard, not only those whose size or time of writing changed.
         progress: show a bar.
         say: where messages about damage and workers that died go; by default to stderr.
@@ -42,10 +43,12 @@ def generate(plan: str | Path | Mapping | None, out: str | Path, *, engine: str 
     """
     from . import engines
     from . import store as stores
+    from .maker import Maker
     from .session import Session, Stopped, saved_plan
 
     store, engine = stores.at(out), engines.chosen(engine)
     resolved = saved_plan(store) if plan is None else resolve(plan)
+    Maker(resolved).prepare_all()  # what is wrong with a plan is said here, before a worker starts
     local_rank = 0
     if engine == "torchrun":
         from .engines import torchrun

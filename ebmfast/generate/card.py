@@ -51,7 +51,7 @@ def text(plan: DatasetPlan, store: Store, entries: dict[int, Entry], picture: bo
         about = json.loads(store.read(f"{HOME}/environment-{name}.json"))
         versions = ", ".join(f"{k} {v}" for k, v in sorted(about["versions"].items()))
         lines.append(f"- {versions}; Python {about['python']} on {about['machine']} ({about['isa']}), {about['device']}")
-    lines += ["", "Check it with `ebmfast generate --verify --out DIR`: every file is hashed, shards are made again and compared.", ""]
+    lines += ["", "Check it with `ebmfast generate --verify --out DIR`: files are hashed, shards made again and compared.", ""]
     return "\n".join(lines)
 
 
@@ -89,7 +89,7 @@ def _picture(plan: DatasetPlan, store: Store, entries: dict[int, Entry]) -> byte
         index = next((k for k in sorted(entries) if plan.shard(k).composition == j and entries[k].rows), None)
         if index is None:
             continue
-        x = torch.from_numpy(formats.decode(store.read(formats.name(plan, index)), plan)["x"])
+        x = torch.tensor(formats.decode(store.read(formats.name(plan, index)), plan)["x"])
         x = x[:COLUMNS] if plan.image else x
         rows.append(x.permute(0, 3, 1, 2).float() / 255 if plan.storage in ("png", "uint8") else x.float())
         titles.append(name)

@@ -128,8 +128,6 @@ def _table(table: str | list[dict], base: Path, place: str) -> dict[str, list]:
     else:
         path = base / table
         readers = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-        if path.suffix not in readers:
-            raise PlanError(f"{place}.table: must end in {', '.join(readers)}, got {table!r}")
         try:
             rows = readers[path.suffix](path)
         except (OSError, ValueError) as error:

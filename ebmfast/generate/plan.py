@@ -16,6 +16,7 @@ from .spec import PlanError, Spec, check, read
 FORMAT = "ebmfast-dataset-1"
 BATCH_BYTES = 8 << 20  # of a micro-batch's gradients, where the plan does not say its size
 MOST_BATCH = 4096
+TABLES = (".csv", ".jsonl", ".parquet")
 ROW_GROUP_BYTES = 1 << 20
 
 
@@ -167,6 +168,8 @@ def resolve(spec: Spec, base: Path, source: str = "") -> DatasetPlan:
 
 
 def _table_bytes(base: Path, name: str, i: int) -> bytes:
+    if not name.endswith(TABLES):
+        raise PlanError(f"compositions[{i}].table: must end in {', '.join(TABLES)}, got {name!r}")
     try:
         return (base / name).read_bytes()
     except OSError as error:

@@ -117,8 +117,10 @@ class Model(Table):
         given = [k for k in ("zoo", "card", "factory") if getattr(self, k) is not None]
         if len(given) != 1:
             raise ValueError(f"needs exactly one of zoo, card, factory, got {' and '.join(given) or 'none'}")
-        if self.factory is None and (extra := self.model_fields_set - {"zoo", "card"}):
-            raise ValueError(f"{', '.join(sorted(extra))} belong to a factory; a {given[0]} has a card that says them")
+        extra = [k for k, field in type(self).model_fields.items()
+                 if k not in ("zoo", "card") and getattr(self, k) != field.get_default(call_default_factory=True)]
+        if self.factory is None and extra:
+            raise ValueError(f"{', '.join(extra)} belong to a factory; the card of a {given[0]} model says them")
         return self
 
 
@@ -289,13 +291,13 @@ class Filter(Table):
         given = [k for k in ("energy", "leaf", "classifier") if getattr(self, k) is not None]
         if len(given) != 1:
             raise ValueError(f"needs exactly one of energy, leaf, classifier, got {' and '.join(given) or 'none'}")
-        if self.classifier is None and (self.model_fields_set & {"output", "column", "equals", "near", "within"}):
+        if self.classifier is None and any(getattr(self, k) is not None for k in ("output", "column", "equals", "near", "within")):
             raise ValueError("output, column, equals, near and within belong to a classifier")
         if (self.near is None) != (self.within is None):
             raise ValueError("`near` and `within` belong together")
         tests = [self.min is not None or self.max is not None, self.equals is not None, self.near is not None]
         if sum(tests) != 1:
-            raise ValueError("needs one test: min and max, or equals, or near with within")
+            raise ValueError("needs one test: min or max or both, or equals, or near with within")
         return self
 
 
@@ -394,7 +396,7 @@ MEMBERS = {"recommended", "langevin", "mala", "hmc", "baoab", "annealed", "Ramp"
 
 def _is_member(part) -> bool:
     """Whether a part of a location names a member of a union, not a key: pydantic mixes the two."""
-    return isinstance(part, str) and (part in MEMBERS or "[" in part)
+    return isinstance(part, str) and (part in MEMBERS or "[" in part or part.startswith("constrained-"))
 
 
 def _message(error: dict) -> str:

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from multiprocessing.connection import wait
 
+from .. import formats
 from ..maker import Flag, Maker
 from ..session import Session
 from ..shards import Committer
@@ -23,7 +24,7 @@ class WorkerDied(RuntimeError):
 
 
 def run(session: Session, workers: int | None = None, *, show: bool = False, retries: int = 3,
-        start_method: str = "spawn") -> int | None:
+        start_method: str | None = None) -> int | None:
     """Make what is left to do; returns the signal that stopped it, or None.
 
     `workers` processes (by default one per GPU, or per core and the plan's threads), or this process alone with 0.
@@ -35,12 +36,25 @@ def run(session: Session, workers: int | None = None, *, show: bool = False, ret
         return in_process(session, todo)
     session.begin(min(count, len(todo)), show)
     with Signals() as signals:
-        pool = Pool(session, min(count, len(todo)), deque(todo), retries, multiprocessing.get_context(start_method))
+        pool = Pool(session, min(count, len(todo)), deque(todo), retries, _context(session.plan, start_method))
         try:
             pool.run(signals)
         finally:
             pool.close()
         return signals.number
+
+
+def _context(plan, start_method: str | None):
+    """How processes start: from one that has imported everything, where there is fork and no CUDA, else from nothing."""
+    known = multiprocessing.get_all_start_methods()
+    if start_method is None:
+        start_method = "forkserver" if "forkserver" in known and plan.spec.run.device == "cpu" else "spawn"
+    if start_method not in known:
+        raise ValueError(f"`start_method` must be one of {', '.join(known)}, got {start_method!r}")
+    context = multiprocessing.get_context(start_method)
+    if start_method == "forkserver":
+        context.set_forkserver_preload([__name__, f"{formats.__name__}.{plan.spec.output.format}"])
+    return context
 
 
 def in_process(session: Session, todo: list[int], device: str | None = None) -> int | None:
