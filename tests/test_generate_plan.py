@@ -53,7 +53,7 @@ def changed(path: str, value) -> dict:
     ("models.modes.factory", "ebmfast.energies:Gausian", "models.modes: ebmfast.energies:Gausian: AttributeError"),
     ("models.modes.weights", "none.safetensors", "none.safetensors"),
     ("compositions.0.expression", "modes & nett", "unknown name 'nett' (did you mean net"),
-    ("compositions.0.expression", "~net[Slot('c')]", "compositions[0] (grid): ~net[c] is not grounded"),
+    ("compositions.0.expression", "~net[Slot('c')]", "(grid): ~net[c] is not grounded"),
     ("compositions.0.name", "drawn", "names must differ, got 'drawn' twice"),
     ("compositions.0.conditions.d", {"value": 1.0}, "compositions[0]: 'd' is not a slot of the expression, which has c"),
     ("compositions.0.conditions", {}, "compositions[0].conditions.c: is missing"),
@@ -146,10 +146,11 @@ def test_weights_and_tables_are_part_of_the_identity(tmp_path):
     assert torch.equal(loaded.read_out.weight, net.read_out.weight)
 
 
-def drawn(conditions: dict | None = None, n: int = 60, offset: int = 0, table=None, base="."):
+def drawn(conditions=None, n: int = 60, offset: int = 0, table=None, base="."):
     family = {"net": plans.models.load("net", spec.Model(**NET), base, 0)}
-    composition = spec.Composition(expression="", conditions={k: spec.Draw(**v) for k, v in (conditions or {}).items()}, table=table)
-    slots = list(conditions or {}) or ["c"]
+    draws = {slot: spec.Draw(**draw) for slot, draw in (conditions or {}).items()}
+    composition = spec.Composition(expression="", conditions=draws, table=table)
+    slots = list(draws) or ["c"]
     expression = parse(" & ".join(f"net[Slot('{slot}')]" for slot in slots), family)
     return Conditions(composition, 0, expression, offset, 7, base), torch.arange(offset, offset + n)
 
@@ -234,7 +235,8 @@ def test_samplers_of_plans_are_those_of_python():
 def test_the_cards_sampler_and_priors_are_taken_unless_refused():
     plan = {"n": 2, "shard_size": 2, "compositions": [{"expression": "color('red') & shape('cube')"}]}
     prepared = Maker(plans.from_data(plan)).composition(0)
-    assert isinstance(prepared.run.sampler, Annealed) and len(prepared.run.sampler.sigmas) == zoo.card("color")["schedule"]["levels"]
+    levels = zoo.card("color")["schedule"]["levels"]
+    assert isinstance(prepared.run.sampler, Annealed) and len(prepared.run.sampler.sigmas) == levels
     assert len(prepared.run.plan.leaves) == 3
     plan["compositions"][0]["prior"] = "none"
     assert len(Maker(plans.from_data(plan)).composition(0).run.plan.leaves) == 2

@@ -67,7 +67,8 @@ def test_size_of_shards_and_batches_and_workers_never_change_the_data(tmp_path_f
     assert rows["id"].to_pylist() == list(range(n))
     assert torch.equal(torch.tensor(rows["x"].to_pylist()), torch.cat([p.x for p in parts]))
     assert torch.equal(torch.tensor(rows["energy"].to_pylist()), torch.cat([p.energy for p in parts]))
-    assert rows["labels"].combine_chunks().field("c").to_pylist() == [c for p in parts for c in p.labels.get("c", [None] * len(p.ids))]
+    labels = [c for p in parts for c in p.labels.get("c", [None] * len(p.ids))]
+    assert rows["labels"].combine_chunks().field("c").to_pylist() == labels
 
 
 def test_rows_are_the_chains_of_sample(reference):
@@ -345,7 +346,8 @@ def test_trying_a_plan_writes_nothing_but_what_is_asked(capsys, tmp_path, plan_f
 @pytest.mark.parametrize(("args", "message"), [
     ([], "needs a plan, or --out"), (["PLAN"], "--out is missing"), (["--out", "NONE"], "is not a data set"),
     (["--out", "NONE", "--status"], "is not a data set"), (["nowhere.toml", "--out", "x"], "nowhere.toml"),
-    (["PLAN", "--out", "x", "--workers", "-1"], "`workers` must be 0 or more"), (["--out", "NONE", "--verify", "some"], "--verify takes"),
+    (["PLAN", "--out", "x", "--workers", "-1"], "`workers` must be 0 or more"),
+    (["--out", "NONE", "--verify", "some"], "--verify takes"),
     (["PLAN", "--out", "x", "--engine", "torchrun"], "needs RANK and WORLD_SIZE"),
 ])
 def test_wrong_commands_say_what_is_missing(capsys, tmp_path, plan_file, args, message, monkeypatch):

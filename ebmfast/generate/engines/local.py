@@ -129,20 +129,16 @@ class Pool:
                 member.process.join()
 
     def _hear(self, member: Member) -> None:
-        try:
-            while not member.ended and member.pipe.poll():
-                self._take(member, *member.pipe.recv())
-        except (EOFError, OSError):
-            pass
-        if not member.ended and not member.process.is_alive() and not self._waiting(member):
-            self._died(member)
-
-    @staticmethod
-    def _waiting(member: Member) -> bool:
-        try:
-            return member.pipe.poll()
-        except (EOFError, OSError):
-            return False
+        while not member.ended:
+            try:
+                if not member.pipe.poll():
+                    break
+                message = member.pipe.recv()
+            except (EOFError, OSError):  # nothing more will come: what it sent before it died has been heard
+                member.process.join(PATIENCE)
+                self._died(member)
+                return
+            self._take(member, *message)
 
     def _take(self, member: Member, kind: str, *what) -> None:
         progress = self.session.progress
