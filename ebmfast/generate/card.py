@@ -13,7 +13,7 @@ from .plan import DatasetPlan
 from .preview import MOST_ROWS, sheet
 from .store import Store
 
-COLUMNS = 8
+COLUMNS, POINTS = 8, 4096  # of a composition in the picture
 PICTURE = "preview.png"
 
 
@@ -90,7 +90,7 @@ def _picture(plan: DatasetPlan, store: Store, entries: dict[int, Entry]) -> byte
         if index is None:
             continue
         x = torch.tensor(formats.decode(store.read(formats.name(plan, index)), plan)["x"])
-        x = x[:COLUMNS] if plan.image else x
+        x = x[:COLUMNS if plan.image else POINTS]
         rows.append(x.permute(0, 3, 1, 2).float() / 255 if plan.storage in ("png", "uint8") else x.float())
         titles.append(name)
     if not rows:

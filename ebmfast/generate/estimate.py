@@ -83,7 +83,7 @@ def _rows(maker: Maker, number: int):
     low, high = prepared.data_range or (-1.0, 1.0)
     x = low + (high - low) * torch.rand(len(ids), *plan.shape, generator=torch.Generator().manual_seed(0))
     part = Batch(ids, x, torch.rand(len(ids)), torch.rand(len(ids), leaves), conditions, labels, [], [])
-    return maker._joined(shard, prepared, [part], 0.0)
+    return maker._joined(shard, prepared, [part])
 
 
 def report(plan: DatasetPlan, workers: int | None) -> str:

@@ -49,6 +49,7 @@ class Rows:
     data_range: tuple[float, float] | None
     quarantined: list[dict] = field(default_factory=list)
     rejected: list[dict] = field(default_factory=list)
+    began: float = 0.0  # seconds since 1970
     seconds: float = 0.0
 
 
@@ -106,7 +107,7 @@ class Maker:
         shard = shard if limit is None else replace(shard, count=min(limit, shard.count))
         prepared = self.composition(shard.composition)
         prepared.run.interrupt = lambda: nullcontext(flag)
-        began, parts = time.perf_counter(), []
+        began, started, parts = time.time(), time.perf_counter(), []
         with fixed_kernels(self.plan.spec.run.threads):
             for first in range(0, shard.count, self.plan.batch_size):
                 if flag.requested:
@@ -115,7 +116,7 @@ class Maker:
                 parts.append(self._batch(prepared, shard.start + first, count))
                 if on_batch is not None:
                     on_batch(count)
-        return self._joined(shard, prepared, parts, time.perf_counter() - began)
+        return self._joined(shard, prepared, parts, began, time.perf_counter() - started)
 
     def _batch(self, prepared: Prepared, first: int, count: int) -> Batch:
         """A micro-batch, always of the plan's size: the chains that follow pad it, and are dropped."""
@@ -145,7 +146,7 @@ class Maker:
                      {k: [v[i] for i in picked.tolist()] if len(picked) < len(v) else v for k, v in labels.items()},
                      quarantined, [part for part in rejected if part["ids"]])
 
-    def _joined(self, shard: Shard, prepared: Prepared, parts: list[Batch], seconds: float) -> Rows:
+    def _joined(self, shard: Shard, prepared: Prepared, parts: list[Batch], began: float = 0.0, seconds: float = 0.0) -> Rows:
         def cat(pick):
             return None if pick(parts[0]) is None else torch.cat([pick(p) for p in parts])
 
@@ -154,7 +155,7 @@ class Maker:
             cat(lambda p: p.leaf_energies), list(leaf_names(prepared.run.plan.expression)),
             {k: torch.cat([p.conditions[k] for p in parts]) for k in parts[0].conditions},
             {k: [label for p in parts for label in p.labels[k]] for k in parts[0].labels}, prepared.data_range,
-            [q for p in parts for q in p.quarantined], _merged([r for p in parts for r in p.rejected]), seconds)
+            [q for p in parts for q in p.quarantined], _merged([r for p in parts for r in p.rejected]), began, seconds)
 
 
 @dataclass

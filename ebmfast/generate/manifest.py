@@ -38,6 +38,7 @@ class Entry:
     quarantined: int = 0
     rejected: int = 0
     environment: str = ""
+    maker: str = ""  # the run, process and worker that made it
     seconds: dict = field(default_factory=dict)
     revoked: str | None = None
     time: int = 0  # nanoseconds since 1970; of two lines about a shard in different files, the later one holds

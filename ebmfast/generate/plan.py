@@ -159,7 +159,8 @@ def resolve(spec: Spec, base: Path, source: str = "") -> DatasetPlan:
               for i, c in enumerate(spec.compositions) if isinstance(c.table, str)}
     if tables:
         hashes["tables"] = tables
-    size = spec.run.batch_size or max(1, min(MOST_BATCH, BATCH_BYTES // (4 * math.prod(shape) * max(map(len, leaves)))))
+    most = max(1, min(MOST_BATCH, BATCH_BYTES // (4 * math.prod(shape) * max(map(len, leaves)))))
+    size = spec.run.batch_size or -(-spec.shard_size // -(-spec.shard_size // most))  # equal parts of a shard: little is padded
     columns = tuple(dict.fromkeys(name for names in leaves for name in names))
     plan = DatasetPlan(spec, base, source, hashes, shape, size, columns, tuple(slots))
     if plan.storage in ("png", "uint8") and not plan.image:

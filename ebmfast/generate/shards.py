@@ -43,10 +43,10 @@ class Committer:
             digest = hashlib.sha256(data).hexdigest()
             stat = self.store.put(name, data, self.owner)
             written.append(File(name, len(data), digest, stat.stamp))
-        spent = {"sample": rows.seconds, "encode": encoded - began, "write": time.perf_counter() - encoded}
+        spent = {"began": rows.began, "sample": rows.seconds, "encode": encoded - began, "write": time.perf_counter() - encoded}
         seconds = {k: round(v, 4) for k, v in spent.items()}
         return Entry(rows.shard.index, len(rows.ids), tuple(reversed(written)), len(rows.quarantined),
-                     sum(len(r["ids"]) for r in rows.rejected), self.environment, seconds)
+                     sum(len(r["ids"]) for r in rows.rejected), self.environment, self.owner, seconds)
 
     def _tell(self) -> None:
         name = f"{HOME}/environment-{self.environment}.json"
