@@ -181,6 +181,8 @@ def test_random_conditions_depend_on_seed_slot_and_id_alone():
     assert (vectors["c"].mean(0) - torch.tensor([0.0, 2.0])).abs().lt(error * torch.tensor([2.0, 4.0]) / 12**0.5).all()
     assert (vectors["d"].mean(0) - torch.tensor([1.0, -1.0])).abs().max() < error * 0.5
     assert abs(labels["e"].count("b") / 4000 - 0.75) < error * (0.75 * 0.25) ** 0.5
+    twice = drawn({"c": wanted["c"], "d": wanted["c"]})[0].rows(ids)[0]
+    assert torch.equal(twice["c"], vectors["c"]) and (twice["d"] != vectors["c"]).float().mean() > 0.99
     other = drawn(wanted)[0]
     other.seed = 8
     assert not torch.equal(other.rows(ids)[0]["c"], vectors["c"])
