@@ -382,3 +382,41 @@ def test_file_systems_that_do_not_put_at_once_get_a_temporary_key_and_a_move(buc
     assert generate(points(40), url, workers=0)
     assert any(".tmp-" in a and b.endswith("data/shard-00000.parquet") for a, b in moved)
     assert not [n for n in in_bucket(fs) if ".tmp-" in n]
+
+
+def test_shards_of_another_machine_are_told(out, whole):
+    path, said = out / "_ebmfast/manifest-main-00000.jsonl", []
+    (here,) = (out / "_ebmfast").glob("environment-*.json")
+    path.write_text(path.read_text().replace(here.stem.removeprefix("environment-"), "elsewhere"))
+    here.rename(here.with_name("environment-elsewhere.json"))
+    assert redone(out, say=said.append) == [] and not said
+    (out / "data/shard-00000.parquet").unlink()
+    assert redone(out, say=said.append) == [0] and "elsewhere" in said[1] and len(said) == 2
+
+
+def test_a_data_set_is_read_and_checked_without_its_models(out):
+    path = out / "_ebmfast/plan.json"
+    path.write_text(path.read_text().replace("ebmfast.energies:MLP", "module_of_another_machine:Net"))
+    import ebmfast as ef
+    assert len(ef.load_dataset(out)) == 200 and status.describe(stores.at(out))["complete"]
+    assert verify.verify(stores.at(out), remake=0).ok
+    with pytest.raises(ValueError, match="module_of_another_machine"):
+        verify.verify(stores.at(out))
+
+
+def test_a_model_that_changed_is_refused(tmp_path):
+    import torch
+    from safetensors.torch import save_file
+
+    from ebmfast.energies import MLP
+    plan = points()
+    plan["models"]["net"] = plan["models"]["net"] | {"weights": str(tmp_path / "net.safetensors")}
+    torch.manual_seed(0)
+    save_file(MLP(2, [8], condition_dim=2).state_dict(), tmp_path / "net.safetensors")
+    generate(plan, tmp_path / "out", workers=0)
+    save_file(MLP(2, [8], condition_dim=2).state_dict(), tmp_path / "net.safetensors")
+    for given in (plan, None):
+        with pytest.raises(ValueError, match="sha256"):
+            generate(given, tmp_path / "out", workers=0)
+    with pytest.raises(ValueError, match="a model or table has changed"):
+        verify.verify(stores.at(tmp_path / "out"))

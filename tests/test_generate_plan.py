@@ -248,3 +248,12 @@ def test_leaves_of_one_name_get_columns_of_their_own():
     import ebmfast as ef
     same = [ef.Concept(lambda x, k=k: k * x.sum(1), name="f") for k in (1.0, 2.0)]
     assert plans.leaf_names(same[0] & same[1]) == ("f", "f #2")
+
+
+def test_models_are_copied_to_another_device_and_stay_where_they_are():
+    plan = plans.from_data({"n": 2, "shard_size": 2, "compositions": [{"expression": "color('red')"}]})
+    here, there = Maker(plan), Maker(plan, "meta")
+    model = zoo.load("color")
+    assert here._here(model) is model and there._here(model) is there._here(model) is not model
+    assert {p.device.type for p in there._here(model).parameters()} == {"meta"}
+    assert {p.device.type for p in model.parameters()} == {"cpu"}

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from dataset_plans import NORMAL, contents, pictures, points
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ebmfast as ef
@@ -56,7 +56,7 @@ def test_shards_in_any_order_and_from_any_maker(reference):
         assert formats.encode(maker.sample(k), maker.plan) == (reference[1] / formats.name(maker.plan, k)).read_bytes()
 
 
-@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, derandomize=True, database=None)
 @given(n=st.integers(1, 90), shard=st.integers(1, 40), batch=st.integers(1, 33), workers=st.integers(0, 2))
 def test_size_of_shards_and_batches_and_workers_never_change_the_data(tmp_path_factory, n, shard, batch, workers):
     folder = tmp_path_factory.mktemp("property")

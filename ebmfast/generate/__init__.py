@@ -42,12 +42,13 @@ def generate(plan: str | Path | Mapping | None, out: str | Path, *, engine: str 
         Stopped: Ctrl-C or SIGTERM; the same call goes on.
     """
     from . import engines
+    from . import plan as plans
     from . import store as stores
     from .maker import Maker
     from .session import Session, Stopped, saved_plan
 
     store, engine = stores.at(out), engines.chosen(engine)
-    resolved = saved_plan(store) if plan is None else resolve(plan)
+    resolved = plans.again(saved_plan(store)) if plan is None else resolve(plan)
     Maker(resolved).prepare_all()  # what is wrong with a plan is said here, before a worker starts
     local_rank = 0
     if engine == "torchrun":

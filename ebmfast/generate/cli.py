@@ -74,7 +74,7 @@ def _plan(args):
     from . import plan as plans
     from . import session
     from . import store as stores
-    return plans.load(args.plan) if args.plan is not None else session.saved_plan(stores.at(args.out))
+    return plans.load(args.plan) if args.plan is not None else plans.again(session.saved_plan(stores.at(args.out)))
 
 
 def _look(args) -> int:

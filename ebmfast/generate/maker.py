@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import sampling
+from ..devices import Twin, with_models
 from ..state import Interrupted
 from . import models
 from .conditions import Conditions
@@ -61,6 +62,7 @@ class Maker:
         self._known = models.references(plan.spec)
         self._loaded: dict = {}
         self._prepared: dict[int, Prepared] = {}
+        self._copies: dict[int, object] = {}  # of models, on a device that is not theirs
 
     def composition(self, number: int) -> Prepared:
         """What samples composition `number`."""
@@ -76,6 +78,8 @@ class Maker:
     def _prepare(self, number: int) -> Prepared:
         plan, spec, run = self.plan, self.plan.spec, self.plan.spec.run
         _, expression, sampler, steps = sampled(spec, number, self._known, plan.base, self._loaded)
+        if torch.device(self.device).type != "cpu":
+            expression = with_models(expression, self._here)
         filters = Filters(spec, number, plan.names[number], expression, self._classifier, plan)
         wanted = spec.output.energy or spec.output.leaf_energies or filters.need_energies
         try:
@@ -95,7 +99,15 @@ class Maker:
     def _classifier(self, name: str) -> Callable:
         if name not in self._loaded:
             self._loaded[name] = models.load(name, self._known[name], self.plan.base, self.plan.spec.seed)
-        return models.classifier(self._loaded[name])
+        return self._here(models.classifier(self._loaded[name]))
+
+    def _here(self, model):
+        """A model on this device: itself, or a copy."""
+        if not isinstance(model, torch.nn.Module) or torch.device(self.device).type == "cpu":
+            return model
+        if id(model) not in self._copies:
+            self._copies[id(model)] = Twin(model, torch.device(self.device)).copy
+        return self._copies[id(model)]
 
     def sample(self, index: int, flag: Flag | None = None, on_batch: Callable[[int], None] | None = None,
                limit: int | None = None) -> Rows:

@@ -90,7 +90,8 @@ class DatasetPlan:
         said = self.spec.model_dump(mode="json")
         said["run"]["batch_size"], said["shape"] = self.batch_size, list(self.shape)
         said["output"] |= {"x": self.storage, "row_group_size": self.row_group_size}
-        return {"format": FORMAT, "plan": said, "hashes": self.hashes}
+        columns = {"leaves": list(self.leaves), "slots": list(self.slots)}
+        return {"format": FORMAT, "plan": said, "hashes": self.hashes, "columns": columns}
 
     def text(self) -> str:
         """`identity` as canonical text, the contents of plan.json."""
@@ -120,8 +121,18 @@ def from_data(data: dict, base: str | Path = ".") -> DatasetPlan:
 
 
 def from_identity(text: str, base: str | Path, source: str = "") -> DatasetPlan:
-    """The plan that `DatasetPlan.text` wrote."""
-    return resolve(check(json.loads(text)["plan"], "plan.json"), Path(base), source)
+    """The plan that `DatasetPlan.text` wrote, as it was then: no model is loaded, no file is hashed."""
+    said = json.loads(text)
+    if said.get("format") != FORMAT:
+        raise PlanError(f"plan.json: its format is {said.get('format')!r}, not {FORMAT!r}")
+    spec, columns = check(said["plan"], "plan.json"), said["columns"]
+    return DatasetPlan(spec, Path(base), source, said["hashes"], tuple(spec.shape), spec.run.batch_size,
+                       tuple(columns["leaves"]), tuple(columns["slots"]))
+
+
+def again(plan: DatasetPlan) -> DatasetPlan:
+    """A plan that was read back, resolved anew: models and tables may have changed since."""
+    return resolve(plan.spec, plan.base, plan.source)
 
 
 def resolve(spec: Spec, base: Path, source: str = "") -> DatasetPlan:

@@ -8,8 +8,9 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from . import lock
+from . import environment, lock
 from . import plan as plans
+from .engines import devices
 from .manifest import HOME, Entry, Manifest
 from .plan import DatasetPlan
 from .progress import Progress
@@ -63,6 +64,7 @@ class Session:
             for place in self.manifest.damaged:
                 self.say(f"{place} ends early or is damaged; its shard is made again")
             self._check_committed()
+            self._compare_machines()
         except BaseException:
             self._lock.release()
             raise
@@ -102,6 +104,14 @@ class Session:
                 self.say(f"shard {entry.shard}: {entry.revoked}; it is made again")
         if news:
             self.manifest.append(news)
+
+    def _compare_machines(self) -> None:
+        """Say so where shards were made by other versions, or on another kind of machine, than this one."""
+        here = environment.key(environment.describe(devices.of(self.plan, 0))) if self.todo else None
+        others = {e.environment for e in self.manifest.entries.values()} - {here}
+        if here is not None and others:
+            self.say(f"shards were made on another kind of machine, or by other versions ({', '.join(sorted(others))}; see"
+                     f" {HOME}/environment-*.json): those made here may differ from what they would have been there by rounding")
 
     @property
     def todo(self) -> list[int]:

@@ -7,6 +7,7 @@ import random
 from dataclasses import dataclass, field
 
 from . import environment, formats, lock, session
+from . import plan as plans
 from .engines import devices
 from .maker import Maker
 from .manifest import Entry, Manifest
@@ -54,10 +55,12 @@ def verify(store: Store, plan: DatasetPlan | None = None, remake: int | None = N
     Wrong shards are revoked in the manifest, so that the next run makes them again. On another kind of machine than a shard's own,
     values are compared within tolerances.
     """
-    saved = session.saved_plan(store)
-    if plan is not None and plan.text() != saved.text():
-        raise session.ChangedPlanError(f"{store} holds the data set of another plan:\n{plan.difference(saved.text())}")
-    plan, held = saved, None
+    saved, held = session.saved_plan(store), None
+    if plan is None:  # hashes need no models
+        plan = saved if remake == 0 else plans.again(saved)
+    if plan.text() != saved.text():
+        raise session.ChangedPlanError(f"{store} holds the data set of another plan, or a model or table has changed since:\n"
+                                       f"{plan.difference(saved.text())}")
     try:
         held = lock.acquire(store, "verify")
     except OSError as error:  # what cannot be written can still be read
@@ -83,8 +86,9 @@ def _verify(store, plan, manifest: Manifest, remake, shards, writable: bool) -> 
     sound = [k for k in chosen if k not in result.wrong]
     if remake is not None:
         sound = sorted(random.Random(plan.spec.seed).sample(sound, min(remake, len(sound))))
-    device = devices.of(plan, 0)
-    maker, here = Maker(plan, device), environment.key(environment.describe(device))
+    if sound:
+        device = devices.of(plan, 0)
+        maker, here = Maker(plan, device), environment.key(environment.describe(device))
     for k in sound:
         result.remade += 1
         _compare(store, plan, manifest.entries[k], make(maker, k), here, result)
