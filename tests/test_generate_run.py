@@ -46,6 +46,11 @@ def test_workers_in_any_number_give_the_same_bytes(tmp_path, reference):
         assert made(points(), tmp_path / str(workers), workers=workers) == reference[0]
 
 
+def test_pictures_of_networks_are_the_same_from_workers(tmp_path):
+    plan = pictures(filters=[{"classifier": "zoo:judge", "output": "present", "min": -2.0}])
+    assert made(plan, tmp_path / "one") == made(plan, tmp_path / "two", workers=2)
+
+
 def test_processes_that_start_from_nothing(tmp_path, reference):
     assert made(points(), tmp_path / "out", workers=1, start_method="spawn") == reference[0]
 
@@ -137,12 +142,12 @@ def test_filters_by_energy_keep_what_is_within_and_list_the_rest(tmp_path, refer
 def test_filters_by_a_classifier_s_verdict(tmp_path):
     def seen(*rules):
         plan = pictures(16, filters=[{"classifier": "zoo:judge", "compositions": ["colours"], **rule} for rule in rules])
-        plan["sampler"] = {"levels": 8, "steps_per_level": 2}
+        plan["sampler"] = {"levels": 6, "steps_per_level": 1}
         parts = [Maker(resolve(plan)).sample(k) for k in range(1)]
         return {i for p in parts for i in p.ids.tolist()}
 
     judge = ef.zoo.load("judge")
-    everything = Maker(resolve(pictures(16, sampler={"levels": 8, "steps_per_level": 2}))).sample(0)
+    everything = Maker(resolve(pictures(16, sampler={"levels": 6, "steps_per_level": 1}))).sample(0)
     with torch.no_grad():
         verdict = judge(everything.x)
     ids = everything.ids
@@ -342,6 +347,13 @@ def test_the_command_makes_shows_and_verifies(capsys, tmp_path, plan_file, refer
     assert json.loads(run(capsys, "--out", out, "--status", "--json")[1])["complete"]
     assert run(capsys, "--out", out, "--verify", 2)[:2] == (0, "8 shards hashed, 2 made again\nnothing is wrong\n")
     assert run(capsys, "--out", out, "--workers", 0)[0] == 0
+
+
+def test_the_command_says_who_holds_the_lock(capsys, tmp_path, plan_file):
+    held = lock.acquire(stores.at(tmp_path / "out"), "local")
+    code, _, err = run(capsys, plan_file, "--out", tmp_path / "out")
+    held.release()
+    assert code == 1 and f"is being written by process {os.getpid()}" in err and "--status" in err
 
 
 def test_trying_a_plan_writes_nothing_but_what_is_asked(capsys, tmp_path, plan_file):

@@ -108,6 +108,7 @@ def _try(args) -> int:
 
 def _make(args) -> int:
     from . import generate
+    from .engines.local import WorkerDied
     from .lock import LockedError
     from .session import Stopped
 
@@ -116,8 +117,9 @@ def _make(args) -> int:
         complete = generate(
             args.plan, args.out, engine=args.engine, workers=args.workers, rank=args.rank, world_size=args.world_size,
             retries=args.retries, full_check=args.full_check, progress=show)
-    except LockedError as error:
-        raise ValueError(str(error)) from None
+    except (LockedError, WorkerDied) as error:
+        print(f"ebmfast generate: error: {error}", file=sys.stderr)
+        return 1
     except Stopped as stop:
         print(f"\nebmfast generate: {stop}", file=sys.stderr)
         return 128 + stop.signal

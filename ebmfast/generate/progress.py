@@ -22,7 +22,7 @@ class Progress:
 
     def __init__(self, store: Store, owner: str, *, total: int, done: int, shards: int, shards_done: int, engine: str, workers: int,
                  show: bool):
-        self._store, self._name = store, f"{HOME}/progress-{owner}.json"
+        self._store, self._owner, self._name = store, owner, f"{HOME}/progress-{owner}.json"
         self.total, self.done, self.shards, self.shards_done = total, done, shards, shards_done
         self.rows = self.rejected = self.quarantined = 0
         self._running: dict[int, int] = {}  # samples of shards that are not committed, by shard
@@ -93,7 +93,7 @@ class Progress:
             "engine": self._engine, "workers": self._workers, "host": socket.gethostname(), "pid": os.getpid(),
             "started": round(self._began, 3), "updated": round(time.time(), 3)}
         try:
-            self._store.put(self._name, (json.dumps(about) + "\n").encode())
+            self._store.put(self._name, (json.dumps(about) + "\n").encode(), f"{self._owner}-{os.getpid()}")
         except OSError:
             pass
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,7 +17,7 @@ from .plan import DatasetPlan
 from .progress import Progress
 from .store import Stat, Store, leftovers
 
-FOLDERS = ("data", "rejected", "quarantine", HOME, ".")
+FOLDERS = ("data", "rejected", "quarantine", HOME, "")
 
 
 class ChangedPlanError(ValueError):
@@ -48,6 +49,7 @@ class Session:
                  full_check: bool = False, say: Callable[[str], None] | None = None):
         self.plan, self.store, self.engine, self.rank, self.world = plan, store, engine, rank, world
         self.owner = "main" if rank is None else f"rank{rank}"
+        self.mark = f"{self.owner}-{os.getpid()}"  # of temporary files
         self.full_check, self.say = full_check, say or (lambda text: print(text, file=sys.stderr))
         self.manifest = Manifest(store, self.owner)
         self.progress: Progress | None = None
@@ -87,8 +89,8 @@ class Session:
                     f"{self.plan.difference(text)}")
         elif write:
             origin = {"base": str(self.plan.base), "source": self.plan.source}
-            self.store.put(f"{HOME}/origin.json", json.dumps(origin).encode(), self.owner)
-            self.store.put(name, self.plan.text().encode(), self.owner)
+            self.store.put(f"{HOME}/origin.json", json.dumps(origin).encode(), self.mark)
+            self.store.put(name, self.plan.text().encode(), self.mark)
 
     def _mine(self, shard: int) -> bool:
         return self.rank is None or shard % self.world == self.rank
@@ -146,7 +148,7 @@ class Session:
         if not self.complete:
             return False
         from . import card
-        card.write(self.plan, self.store, self.manifest.entries, self.owner)
+        card.write(self.plan, self.store, self.manifest.entries, self.mark)
         return True
 
 

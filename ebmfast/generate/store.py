@@ -100,7 +100,7 @@ class Folder(Store):
         """Every file directly in `folder`."""
         try:
             with os.scandir(self.path / folder) as entries:
-                return {f"{folder}/{e.name}": Stat((s := e.stat()).st_size, str(s.st_mtime_ns)) for e in entries if e.is_file()}
+                return {_joined(folder, e.name): Stat((s := e.stat()).st_size, str(s.st_mtime_ns)) for e in entries if e.is_file()}
         except FileNotFoundError:
             return {}
 
@@ -167,7 +167,7 @@ class Remote(Store):
                 return []
 
         self.fs.invalidate_cache(self._at(folder))
-        return {f"{folder}/{e['name'].rpartition('/')[2]}": self._stat(e) for e in retried(look) if e["type"] == "file"}
+        return {_joined(folder, e["name"].rpartition("/")[2]): self._stat(e) for e in retried(look) if e["type"] == "file"}
 
     def remove(self, name: str) -> None:
         """Delete a file, if it is there."""
@@ -232,6 +232,10 @@ def leftovers(store: Store, folders: tuple[str, ...], owner: str | None = None) 
     mark = ".tmp-" if owner is None else f".tmp-{owner}"
     for folder in folders:
         yield from (name for name in store.stats(folder) if mark in name.rpartition("/")[2])
+
+
+def _joined(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder else name
 
 
 def _quietly(action: Callable[[], None]) -> None:

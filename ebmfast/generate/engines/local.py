@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import time
 from collections import deque
 from multiprocessing.connection import wait
@@ -33,7 +32,7 @@ def run(session: Session, workers: int | None = None, *, show: bool = False, ret
     count = devices.count(session.plan, workers)
     if count == 0 or not todo:
         session.begin(max(count, 1), show)
-        return in_process(session, todo)
+        return in_process(session, todo) if todo else None
     session.begin(min(count, len(todo)), show)
     with Signals() as signals:
         pool = Pool(session, min(count, len(todo)), deque(todo), retries, _context(session.plan, start_method))
@@ -60,10 +59,9 @@ def _context(plan, start_method: str | None):
 def in_process(session: Session, todo: list[int], device: str | None = None) -> int | None:
     """The same in this process: a rank, or `workers=0`."""
     flag, device = Flag(), device or devices.of(session.plan, 0)
-    owner = f"{session.owner}-{os.getpid()}"
     with Signals(flag) as signals:
         pipeline = worker.Pipeline(
-            Maker(session.plan, device), Committer(session.plan, session.store, owner, device), flag,
+            Maker(session.plan, device), Committer(session.plan, session.store, session.mark, device), flag,
             session.progress.advance, session.commit)
         try:
             for shard in todo:
@@ -93,7 +91,7 @@ class Pool:
         plan, (ours, theirs) = self.session.plan, self._context.Pipe()
         device = devices.of(plan, number)
         process = self._context.Process(
-            target=worker.main, args=(theirs, plan, self.session.store.url, f"{self.session.owner}-{os.getpid()}-{number}", device),
+            target=worker.main, args=(theirs, plan, self.session.store.url, f"{self.session.mark}-{number}", device),
             name=f"ebmfast worker {number}", daemon=True)
         process.start()
         theirs.close()
