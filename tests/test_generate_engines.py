@@ -25,6 +25,8 @@ def test_ranks_share_the_shards_and_the_last_one_writes_the_card(tmp_path, whole
     for rank in (2, 0, 1):
         complete = generate(points(), tmp_path, engine="torchrun", rank=rank, world_size=3)
         assert complete is (rank == 1)
+    states = [run["state"] for run in status.describe(stores.at(tmp_path))["runs"]]
+    assert states == ["this rank is done", "complete", "this rank is done"]
     assert contents(tmp_path) == whole
     assert len(list((tmp_path / "_ebmfast").glob("manifest-rank*"))) == 3
 

@@ -74,9 +74,14 @@ class Session:
 
     def __exit__(self, kind, error, trace) -> None:
         if self.progress is not None:
-            state = "failed" if kind else "complete" if self.complete else "stopped"
-            self.progress.close("stopped" if kind is not None and issubclass(kind, KeyboardInterrupt) else state)
+            self.progress.close(self._state(kind))
         self._lock.release()
+
+    def _state(self, error: type | None) -> str:
+        """How this run ended, for the progress file."""
+        if error is not None and not issubclass(error, KeyboardInterrupt):
+            return "failed"
+        return "complete" if self.complete else "stopped" if self.todo else "this rank is done"
 
     def _check_plan(self, write: bool = False) -> None:
         """Raise if the folder is another plan's; write the plan where there is none."""
