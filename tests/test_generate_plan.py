@@ -128,6 +128,18 @@ def test_identity_changes_with_what_decides_the_bytes_and_with_nothing_else(tmp_
         assert f'"{path.rpartition(".")[2]}"' in other.difference(one.text())
 
 
+def test_a_plan_that_is_read_back_has_its_grids_in_the_same_order(tmp_path):
+    plan = points()
+    plan["compositions"][0] |= {"expression": "modes & net[Slot('z')] & net[Slot('a')]", "conditions": {
+        "z": {"grid": ["a", "b"]}, "a": {"grid": [[0.0, 0.0], [1.0, 1.0], [2.0, 2.0]]}}}
+    written = plans.from_data(plan)
+    back = plans.from_identity(written.text(), tmp_path)
+    assert Maker(back).sample(0).labels["z"][:4] == ["a", "a", "a", "b"] and back.text() == written.text()
+    assert torch.equal(Maker(back).sample(0).x, Maker(written).sample(0).x)
+    plan["compositions"][0]["conditions"] = dict(reversed(plan["compositions"][0]["conditions"].items()))
+    assert plans.from_data(plan).digest != written.digest
+
+
 def test_weights_and_tables_are_part_of_the_identity(tmp_path):
     from safetensors.torch import save_file
 

@@ -94,8 +94,8 @@ class DatasetPlan:
         return {"format": FORMAT, "plan": said, "hashes": self.hashes, "columns": columns}
 
     def text(self) -> str:
-        """`identity` as canonical text, the contents of plan.json."""
-        return json.dumps(self.identity(), indent=1, sort_keys=True) + "\n"
+        """`identity` as canonical text, the contents of plan.json. Keys are not sorted: the order of grids decides cells."""
+        return json.dumps(self.identity(), indent=1) + "\n"
 
     @property
     def digest(self) -> str:
