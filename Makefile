@@ -11,7 +11,7 @@ INTERPRETED := $(addprefix tests/,test_triton.py test_capture.py test_step.py te
 # Rebuilt whenever the native sources or the requirements change; Python files need no reinstall.
 $(STAMP): pyproject.toml constraints.txt $(NATIVE)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet -c constraints.txt -e '.[test,images,dev]'
+	$(VENV)/bin/pip install --quiet -c constraints.txt -e '.[test,images,generate,dev]'
 	touch $@
 
 demo: $(STAMP)
@@ -23,7 +23,12 @@ $(VENV)/.triton: constraints.txt $(STAMP)
 	touch $@
 
 # The second run interprets the Triton kernels; the first compiles them.
-test: $(STAMP) $(VENV)/.triton
+# Large, and only tests of data sets need them: readers and an engine of others.
+$(VENV)/.datasets: constraints.txt $(STAMP)
+	$(VENV)/bin/pip install --quiet -c constraints.txt datasets webdataset ray
+	touch $@
+
+test: $(STAMP) $(VENV)/.triton $(VENV)/.datasets
 	$(VENV)/bin/python -m pytest -q
 	if [ "$$(uname -sm)" = "Linux x86_64" ]; then \
 	TRITON_INTERPRET=1 EBMFAST_REQUIRE=$$EBMFAST_REQUIRE,triton $(VENV)/bin/python -m pytest -q $(INTERPRETED); fi
@@ -46,6 +51,7 @@ docs: $(STAMP)
 bench: $(STAMP)
 	$(VENV)/bin/python -m bench.noise
 	$(VENV)/bin/python -m bench.step
+	$(VENV)/bin/python -m bench.generate
 	$(VENV)/bin/pip install --quiet --no-deps torchebm==0.8.9
 	$(VENV)/bin/python -m bench.overhead
 	$(VENV)/bin/pip install --quiet -c constraints.txt jax

@@ -28,6 +28,7 @@ from .composition import (
 from .coupling import CoupledError
 from .driver import StepInfo
 from .expressions import parse
+from .generate import load_dataset
 from .inference import ConditionSamples, Inference, infer
 from .samplers import BAOAB, HMC, MALA, Annealed, DualAveraging, Langevin
 from .sampling import Run, prepare, sample
@@ -41,6 +42,6 @@ __all__ = [
     "CoupledError", "DrawBranches", "DualAveraging", "Expression", "Family", "Fault", "Inference", "Interrupted", "Langevin",
     "NonFiniteError", "PiecewiseSigma", "Report", "Result", "Run", "RunawayError", "SampleState", "Slot", "StepInfo", "Trace",
     "TraceResult", "UngroundedNegationError", "all_of", "any_of", "calibrate", "diagnostics", "energies", "from_json",
-    "images", "infer", "inference", "log_partition", "negate", "ops", "parse", "prepare", "root_branches", "sample",
+    "images", "infer", "inference", "load_dataset", "log_partition", "negate", "ops", "parse", "prepare", "root_branches", "sample",
     "with_prior", "without", "zoo",
 ]

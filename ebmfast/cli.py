@@ -1,4 +1,4 @@
-"""The command line: `ebmfast sample | demo | infer | train | scenes | faces | evaluate | judge | models | bench | doctor`."""
+"""The command line: `ebmfast sample | generate | demo | infer | train | evaluate | ...`; `ebmfast --help` has them all."""
 
 from __future__ import annotations
 
@@ -48,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"ebmfast {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     _add_sample(commands)
+    _add_lazy(commands, "generate", "large data sets of composed samples, resumable", "generate.cli")
     _add_demo(commands)
     _add_models(commands)
     _add_lazy(commands, "infer", "which concepts explain a picture", "inference_cli")

@@ -109,7 +109,7 @@ def test_help_lists_every_command(capsys):
         cli.main(["--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0
-    for command in ("sample", "demo", "models", "train", "scenes", "evaluate", "doctor"):
+    for command in ("sample", "generate", "demo", "models", "train", "scenes", "evaluate", "doctor"):
         assert f"  {command} " in text
         with pytest.raises(SystemExit):
             cli.main([command, "--help"])
