@@ -13,12 +13,14 @@ INTERNAL = {"bind", "coefficients", "carry", "step_sizes", "step_scale", "native
             "update", "scale", "left", "noise_levels", "initial_scale", "needs_energies", "clamp", "carried", "fixed_schedule"}
 PAGES = {
     "composition": ("Composition", "ebmfast", (
-        "Concept", "Family", "Slot", "Expression", "all_of", "any_of", "negate", "with_prior", "parse", "from_json", "AboveSigma",
-        "PiecewiseSigma", "UngroundedNegationError")),
+        "Concept", "Family", "Slot", "Expression", "all_of", "any_of", "negate", "with_prior", "without", "parse", "from_json",
+        "AboveSigma", "PiecewiseSigma", "UngroundedNegationError")),
     "sampling": ("Sampling", "ebmfast", (
         "sample", "prepare", "Run", "Result", "Report", "SampleState", "Trace", "TraceResult", "StepInfo", "Fault",
         "NonFiniteError", "RunawayError", "Interrupted", "CoupledError", "DrawBranches", "log_partition", "root_branches")),
     "samplers": ("Samplers", "ebmfast", ("Langevin", "MALA", "HMC", "BAOAB", "Annealed", "DualAveraging")),
+    "inference": ("Inference and calibration", "ebmfast", (
+        "infer", "Inference", "ConditionSamples", "calibrate", "Calibrated", "Calibration")),
     "energies": ("Native energies", "ebmfast.energies", None),
     "diagnostics": ("Diagnostics", "ebmfast.diagnostics", ("split_rhat", "ess", "Diagnostics")),
     "rng": ("Noise", "ebmfast.rng", ("normal", "uniform", "resolve_seed")),

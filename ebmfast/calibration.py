@@ -73,7 +73,8 @@ class Calibration:
 
 def calibrate(expressions: Sequence[Expression], shape: Sequence[int] | int | None = None, *, sampler: Sampler | None = None,
               steps: int | None = None, data: Sequence[Tensor] | None = None, sigmas: Sequence[float] | None = None, n: int = 256,
-              bridges: int = 0, seed=0, batch_size: int | None = None, **options) -> Calibration:
+              bridges: int = 0, seed: int | torch.Generator | None = 0,
+              batch_size: int | None = None, **options: object) -> Calibration:
     """log Z(σ) of whole branches, relative to each other, stored in them as an energy offset.
 
     With N_k points of branch k, the log Z_k are those that maximise the likelihood of the branch that each point came from,

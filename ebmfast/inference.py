@@ -171,10 +171,11 @@ def _vertex(energy: Tensor) -> Tensor:
     return -torch.linalg.solve(hessian, gradient).clamp(-1, 1)
 
 
-def infer(x: Tensor, hypotheses, conditions: Mapping | None = None, *, ranges: Mapping | None = None, sigma: float | None = None,
-          draws: int = 1, scene: Tensor | Sequence[int] | str | None = None, log_prior: Tensor | None = None,
-          sampler: Sampler | None = None, steps: int = 200, chains: int = 8, seed=0, batch_size: int = ROWS,
-          ) -> Inference | ConditionSamples:
+def infer(x: Tensor, hypotheses: Expression | Sequence[Expression] | Mapping[str, Sequence[Expression]],
+          conditions: Mapping | None = None, *, ranges: Mapping | None = None, sigma: float | None = None, draws: int = 1,
+          scene: Tensor | Sequence[int] | str | None = None, log_prior: Tensor | None = None,
+          sampler: Sampler | None = None, steps: int = 200, chains: int = 8, seed: int | torch.Generator | None = 0,
+          batch_size: int = ROWS) -> Inference | ConditionSamples:
     """Which conditions explain observations: p(c | x_1, ..., x_N) ∝ p(c) exp(-Σ_n E(x_n | c)).
 
     Three ways to ask:
