@@ -10,8 +10,12 @@ A shard is a pure function of (plan, shard number): `plan` resolves plans, `make
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .reader import ShardDataset
 
 
 def generate(plan: str | Path | Mapping | None, out: str | Path, *, engine: str = "auto", workers: int | None = None,
@@ -77,7 +81,18 @@ def resolve(plan: str | Path | Mapping):
     return plans.from_data(dict(plan)) if isinstance(plan, Mapping) else plans.load(os.fspath(plan))
 
 
-def load_dataset(path: str | Path, **options):
-    """The samples of a data set as a memory-mapped torch `Dataset`; see `ebmfast.generate.reader.ShardDataset`."""
+def load_dataset(path: str | Path, transform: Callable | None = None, columns: Sequence[str] | None = None) -> ShardDataset:
+    """The samples of a data set as a memory-mapped torch `Dataset`, in the order of their ids.
+
+    Items are dictionaries: `id`, `composition`, `x`, and what the plan wrote of `energy`, `leaf_energies`, `conditions`, `labels`.
+
+    Args:
+        path: the folder or fsspec URL that `ebmfast generate` wrote.
+        transform: a function of an item.
+        columns: names of what an item is to hold; by default all.
+
+    Raises:
+        FileNotFoundError: no data set is there.
+    """
     from .reader import ShardDataset
-    return ShardDataset(path, **options)
+    return ShardDataset(path, transform, columns)
