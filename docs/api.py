@@ -21,6 +21,7 @@ PAGES = {
     "samplers": ("Samplers", "ebmfast", ("Langevin", "MALA", "HMC", "BAOAB", "Annealed", "DualAveraging")),
     "inference": ("Inference and calibration", "ebmfast", (
         "infer", "Inference", "ConditionSamples", "calibrate", "Calibrated", "Calibration")),
+    "datasets": ("Data sets", "ebmfast.generate", ("generate", "load_dataset")),
     "energies": ("Native energies", "ebmfast.energies", None),
     "diagnostics": ("Diagnostics", "ebmfast.diagnostics", ("split_rhat", "ess", "Diagnostics")),
     "rng": ("Noise", "ebmfast.rng", ("normal", "uniform", "resolve_seed")),
