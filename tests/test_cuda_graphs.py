@@ -133,8 +133,8 @@ def test_the_guard_asks_the_host_for_nothing_off_the_cpu():
     sampler = Langevin(step_size=0.1)
     x = torch.zeros(4, 3, device="meta")
     state = ebmfast.samplers.langevin.LangevinState(x, 16, torch.zeros(4, dtype=torch.int64, device="meta"))
-    guard = Guard(lambda energies, sigma: sum(energies), sampler.coefficients(None, 200), None, x, 0)
+    guard, energy = Guard(sampler.coefficients(None, 200), None, x, 0), torch.zeros(4, device="meta")
     for step in (16, 64, 128, 192):
-        guard.look(state._replace(step=step), [torch.zeros(4, device="meta")] * 2, None)
+        guard.look(state._replace(step=step), energy, None)
     guard.begin_anew(2)
-    guard.look(state._replace(step=300), [torch.zeros(4, device="meta")], None)
+    guard.look(state._replace(step=300), energy, None)
