@@ -19,6 +19,7 @@ from .chain import Chain
 from .coupling import check_rows
 from .diagnostics import Diagnostics, Stream, summarise
 from .guard import RAN_AWAY, Guard
+from .samplers.langevin import StepByStep
 from .state import Fault, NonFiniteError, RunawayError, SampleState, TraceResult
 
 CHECK_EVERY = 16  # steps between two looks at the fault flags; a faulty chain stops at once in the kernel
@@ -240,7 +241,7 @@ class Chains:
         looked = first
         while state.step < call.target and not stop.requested:
             before = state.step
-            state = kernel.advance(state, self._until(before, kernel.stride, guard))
+            state = kernel.advance(state, self._until(before, kernel, guard))
             if state.step - looked >= (1 if at_once else CHECK_EVERY):
                 if guard is not None and state.step >= guard.due:
                     sigma = self._sigma_of(state.step - 1)
@@ -261,10 +262,10 @@ class Chains:
             self._accepted = torch.zeros(call.n, device=call.device) if self._accepted is None else self._accepted
             self._accepted[rows] = accepted
 
-    def _until(self, step: int, stride: int, guard: Guard | None) -> int:
-        """Where the next call of a kernel ends: after `stride` steps, or where something has to be looked at."""
-        until = min(self.call.target, step + stride)
-        if guard is not None:
+    def _until(self, step: int, kernel, guard: Guard | None) -> int:
+        """Where the next call of a kernel ends: after its stride, or where something has to be looked at."""
+        until = min(self.call.target, step + kernel.stride)
+        if guard is not None and not isinstance(kernel, StepByStep):  # strides of those are short, and recorded whole
             until = min(until, max(guard.due, step + 1))
         if self.callback is not None:
             return step + 1
