@@ -7,11 +7,13 @@ import torch
 from models import NoisedGaussian
 from safetensors.torch import save_file
 
+import ebmfast as ef
 from ebmfast import scenes, zoo
 from ebmfast.cli import main
 from ebmfast.models import NoiseConditionalEnergy
 from ebmfast.scenes import dataset, sets
-from ebmfast.training import TrainConfig, Trainer, ratio_gradient, score_error
+from ebmfast.training import ContrastiveConfig, TrainConfig, Trainer, ratio_gradient, score_error
+from ebmfast.training.card import contrastive_schedule
 from ebmfast.training.concepts import RECIPES
 
 COUNT = 12
@@ -126,10 +128,27 @@ def test_contrastive_divergence_starts_from_a_score_matched_model(data, tmp_path
                "squares": 0, "max-gap": 1e9, "learning-rate": 1e-9}
     card = train(data, tmp_path / "cd", "color", *(f"--{k}={v}" for k, v in options.items()))
     assert card["method"] == "contrastive divergence, started from a score-matched network"
-    assert card["schedule"]["step"] == 0.01 and card["data_range"] == [0, 1] and card["sigma"] is None
+    assert card["schedule"]["step"] == 0.01 and card["schedule"]["steps"] == 10
+    assert card["data_range"] == [0, 1] and card["sigma"] is None
     start, end = zoo.load_from(tmp_path / "score", "color"), zoo.load_from(tmp_path / "cd", "color")
     x, c = torch.rand(2, 3, 32, 32), torch.eye(6)[:2]
     torch.testing.assert_close(end(x, c), start(2 * x - 1, c, torch.full((2,), 0.4)), rtol=1e-4, atol=1e-2)
+
+
+def test_a_smoothed_models_last_step_takes_the_noise_away():
+    """N(c, s²) under noise: the last step is the posterior mean given a noised picture, whatever the chain before it did."""
+    plain = contrastive_schedule(ContrastiveConfig(steps=8))
+    assert plain["steps"] == 40 and plain["step"] == 100.0 and plain["noise"] == 0.001
+    smooth, std = 0.3, 0.2
+    schedule = contrastive_schedule(ContrastiveConfig(steps=8, drift=0.02, noise=0.1, smoothing=smooth))
+    assert schedule["steps"] == len(schedule["step"]) == len(schedule["noise"]) == 41
+    energy = ef.Concept(lambda x: 0.5 * (x - 0.5).square().sum(1) / (std**2 + smooth**2), name="smoothed")
+    x = torch.rand(6, 4)
+    last = ef.Langevin.reference_code(schedule["step"][-1:], schedule["noise"][-1:])
+    mean = (x * std**2 + 0.5 * smooth**2) / (std**2 + smooth**2)
+    torch.testing.assert_close(ef.sample(energy, x=x, sampler=last, steps=1, seed=0).x, mean)
+    whole = ef.Langevin.reference_code(schedule["step"], schedule["noise"])
+    assert ef.sample(energy, x=x, sampler=whole, steps=41, seed=0).x.std() < smooth
 
 
 def test_grids_of_samples_are_written_while_it_trains(data, tmp_path):

@@ -58,9 +58,12 @@ def compose(models: dict[str, tuple], expressions: Sequence[str], n: int = 8, st
             raise ValueError(f"{text!r} mixes models with and without noise levels")
         shape = tuple(cards[0]["shape"])
         if cards[0]["sigma"] is None:
-            settings = cards[0]["schedule"]
-            share = settings["step"] / max(1.0, float(expression.step_scale))
-            sampler = Langevin.reference_code(share, settings["noise"], grad_clip_value=settings["gradient_clip"])
+            settings, share = cards[0]["schedule"], max(1.0, float(expression.step_scale))
+            if isinstance(settings["step"], list):  # with a last step of its own: the chain is as long as the card says
+                steps, drift = settings["steps"], [d / share for d in settings["step"]]
+            else:
+                drift = settings["step"] / share
+            sampler = Langevin.reference_code(drift, settings["noise"], grad_clip_value=settings["gradient_clip"])
             x = sample(expression, n, shape, sampler, steps, seed, energies=False).x
         else:
             counted, sampler = zoo.recommended(expression, {name: about for name, (_, about) in models.items()})

@@ -80,8 +80,7 @@ def write_contrastive_card(folder: Path, recipe, architecture: dict, config, mod
         "labels": recipe.label_vectors(), "ranges": [list(r) for r in recipe.ranges], "data_range": [0.0, 1.0],
         "shape": [3, resolution, resolution], "sigma": None, "takes_sigma": False, "prior": started_from is not None,
         "negation_alpha": CONTRASTIVE_ALPHA,
-        "schedule": {"sampler": "Langevin.reference_code", "steps": 2 * config.steps, "step": config.drift, "noise": config.noise,
-                     "gradient_clip": config.gradient_clip},
+        "schedule": contrastive_schedule(config),
         "data": data, "held_out": [list(pair) for pair in held_out], "recipe": _finite(asdict(config)),
         "command": command, "seed": config.seed,
         "iterations": config.iterations, "minutes": round(minutes, 1), "sha256": sha256(path),
@@ -89,6 +88,22 @@ def write_contrastive_card(folder: Path, recipe, architecture: dict, config, mod
     card_path = path.with_suffix(".json")
     card_path.write_text(json.dumps(card, indent=2) + "\n")
     return card_path
+
+
+def contrastive_schedule(config) -> dict:
+    """How a model is sampled that was trained by contrastive divergence: its training's chain, five times as long as there.
+
+    Where pictures were smoothed with noise of standard deviation s, one last step without noise takes it away, x - s^2 grad E
+    (Tweedie's formula); step and noise are then lists, one number for each step.
+    """
+    steps = 5 * config.steps
+    schedule = {"sampler": "Langevin.reference_code", "steps": steps, "step": config.drift, "noise": config.noise,
+                "gradient_clip": config.gradient_clip}
+    if config.smoothing:
+        schedule["steps"] = steps + 1
+        schedule["step"] = [config.drift] * steps + [config.smoothing**2]
+        schedule["noise"] = [config.noise] * steps + [0.0]
+    return schedule
 
 
 def _finite(options: dict) -> dict:
