@@ -141,6 +141,37 @@ def test_own_priors_count_each_models_prior_once():
         "color('red')", "shape('cube')", "shape.unconditional", "position(0.5, 0.5)"]
 
 
+def test_a_part_of_each_prior_can_be_taken_out():
+    families = zoo.concepts()
+    red, cube = families["color"]("red"), families["shape"]("cube")
+    counted, x = zoo.own_priors(red & cube, above=0.2, weight=0.75), picture(2)
+    for sigma, on in ((0.5, 0.75), (0.1, 0.0)):
+        e = {leaf.name: leaf.energy(x, sigma=sigma) for leaf in counted.leaves}
+        expected = e["color('red')"] + e["shape('cube')"] - on * e["shape.unconditional"]
+        torch.testing.assert_close(counted.energy(x, sigma=sigma), expected, rtol=1e-4, atol=1e-2)
+        assert weight_at(counted.step_scale, sigma) == pytest.approx(2.0 - on)
+
+
+@pytest.mark.parametrize("group, members", [
+    ("objects", ["position"]), ("continual", ["color", "position", "shape"]), ("joint", ["joint"]), ("paper", ["color", "position"]),
+    ("pairs", ["color", "shape"])])
+def test_models_of_one_experiment_lie_in_a_folder_of_their_own(group, members):
+    folder = zoo.folder(group)
+    assert sorted(p.stem for p in folder.glob("*.json")) == members and not set(members) & {"judge", "counter"}
+    for name in members:
+        about = zoo.card_from(folder, name)
+        model = zoo.family(about, zoo.load_from(folder, name))  # raises where hash or architecture is not what the card says
+        condition = torch.zeros(1, about["condition_dim"])
+        energy = model(condition[0].tolist()).energy(picture(1), sigma=1.0 if about["takes_sigma"] else None)
+        assert energy.isfinite().all() and about["command"].startswith("ebmfast train ") and about["minutes"] > 0
+        assert group == "paper" or [list(p) for p in HELD_OUT] == about["held_out"] or group == "continual"
+
+
+def test_the_bundled_weights_stay_small():
+    sizes = [p.stat().st_size for p in zoo.folder().rglob("*.safetensors")]
+    assert sum(sizes) <= 14e6 and max(sizes) <= 5e6
+
+
 def test_own_priors_need_models_that_have_one():
     bare = Concept(lambda x: x.flatten(1).sum(1), name="bare")
     with pytest.raises(ValueError, match="bare belongs to no family"):

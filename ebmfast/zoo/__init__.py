@@ -91,26 +91,28 @@ def family(about: Mapping[str, Any], model: nn.Module) -> Family:
                   negation_alpha=about["negation_alpha"])
 
 
-def own_priors(expression: Expression, above: float = 0.0) -> Expression:
+def own_priors(expression: Expression, above: float = 0.0, weight: float = 1.0) -> Expression:
     """Every conjunction with each model's own prior taken out once: E_1 + sum_(i > 1) w_i (E_i - E_i,unconditional).
 
     The product of experts p(x | c_1) prod_i (p(x | c_i) / p(x))^w_i, as `with_prior` writes it, but each ratio comes
     from one network, so that what this network gets wrong about p(x) cancels. The first term of positive weight stays
     as it is (where its weight w is not 1, (w - 1) of its prior go). Priors are taken out, and negated terms count, at noise
     levels over `above` only: by then a picture has decided what it shows, and a negation would leave it noisy. Above,
-    steps count as for one energy. Raises ValueError for a model without unconditional energy.
+    steps count as for one energy. `weight` takes out a part of each prior: of scenes that hold more objects than asked for,
+    every further factor p(x | c) is less in favour than p(x | c) / p(x). Raises ValueError for a model without unconditional energy.
     """
-    from ..weights import AboveSigma
+    from ..weights import AboveSigma, multiply
 
-    return _own_priors(expression.simplified, AboveSigma(above) if above else 1.0)
+    strength = AboveSigma(above) if above else 1.0
+    return _own_priors(expression.simplified, strength, multiply(weight, strength))
 
 
-def _own_priors(expression, strength):
+def _own_priors(expression, strength, taken):
     from ..composition import LogSumExp, Sum
     from ..weights import combine, lowest, multiply
 
     if isinstance(expression, LogSumExp):
-        branches = tuple(_own_priors(child, strength) for child in expression.children)
+        branches = tuple(_own_priors(child, strength, taken) for child in expression.children)
         return LogSumExp(branches, expression.log_weights, expression.sharpness)
     if not isinstance(expression, Sum):
         return expression
@@ -118,10 +120,10 @@ def _own_priors(expression, strength):
     for i, (weight, term) in enumerate(expression.terms):
         weight = multiply(weight, strength) if lowest(weight) < 0 else weight
         extra = combine(lambda w: w - 1.0, weight) if i == base else weight
-        terms.append((weight, _own_priors(term, strength)))
+        terms.append((weight, _own_priors(term, strength, taken)))
         if extra != 0.0:
-            terms.append((multiply(-1.0, multiply(extra, strength)), _prior_of(term)))
-    return Sum(tuple(terms), combine(lambda s, m: s + (1.0 - s) * m, strength, expression.step_scale))
+            terms.append((multiply(-1.0, multiply(extra, taken)), _prior_of(term)))
+    return Sum(tuple(terms), combine(lambda s, m: s + (1.0 - s) * m, taken, expression.step_scale))
 
 
 def _prior_of(term):
@@ -147,7 +149,7 @@ def recommended(expression: Expression, about: Mapping[str, dict[str, Any]] | No
     schedule = cards[0]["schedule"]
     has_one = any(leaf.condition is None for leaf in expression.leaves)
     if not has_one and len(families) == len(expression.leaves) == len(cards) and all(c["prior"] for c in cards):
-        counted = own_priors(expression, schedule.get("prior_above", 0.0))
+        counted = own_priors(expression, schedule.get("prior_above", 0.0), schedule.get("prior_weight", 1.0))
         expression = expression if counted.simplified == expression.simplified else counted
     return expression, Annealed.geometric(
         schedule["sigma_max"], schedule["sigma_min"], schedule["levels"], denoise=schedule["denoise"],
