@@ -98,8 +98,9 @@ def own_priors(expression: Expression, above: float = 0.0, weight: float = 1.0) 
     from one network, so that what this network gets wrong about p(x) cancels. The first term of positive weight stays
     as it is (where its weight w is not 1, (w - 1) of its prior go). Priors are taken out, and negated terms count, at noise
     levels over `above` only: by then a picture has decided what it shows, and a negation would leave it noisy. Above,
-    steps count as for one energy. `weight` takes out a part of each prior: of scenes that hold more objects than asked for, every
-    further factor p(x | c) is less in favour than p(x | c) / p(x). Raises ValueError for a model without unconditional energy.
+    steps count as for one energy. `weight` takes out a part of each prior: of scenes that hold more objects than asked for,
+    every further factor p(x | c) is less in favour than p(x | c) / p(x). Raises ValueError for a model without
+    unconditional energy.
     """
     from ..weights import AboveSigma, multiply
 
