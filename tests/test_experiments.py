@@ -442,7 +442,8 @@ def test_all_experiments_run_from_card_files(capsys, folders, tmp_path):
     assert [line["row"] for line in unseen["lines"] if line["by"] == "score matching"] == ["seen pairs", "unseen pairs"]
 
 
-def test_what_is_missing_is_said(capsys, folders, tmp_path):
+def test_what_is_missing_is_said(capsys, folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(zoo, "__file__", str(tmp_path / "elsewhere" / "__init__.py"))
     status, text, _ = evaluate(capsys, folders, tmp_path, "concepts", kinds=("zoo",))
     assert status == 0 and "one joint model: not trained: --models joint=DIR" in text
     for names, kinds, message in ((["objects"], ("zoo",), "'objects' needs models that are not bundled: --models objects=DIR"),

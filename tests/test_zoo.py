@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ebmfast import Concept, evaluation, negate, zoo
+from ebmfast import Concept, negate, zoo
 from ebmfast.scenes import HELD_OUT
 from ebmfast.weights import weight_at
 
