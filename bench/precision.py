@@ -16,7 +16,8 @@ import torch
 import ebmfast as ef
 from bench import timing
 from bench.timing import record
-from ebmfast.evaluation import TASKS, Settings, draw_conditions, evaluate, expression
+from ebmfast.experiments import EXPERIMENTS, Row, Settings
+from ebmfast.experiments.protocol import Models, Protocol, expression
 
 SIGMA = 0.06  # of the energies that are compared
 
@@ -28,24 +29,34 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((below[0] - below[1]).abs().max())
 
 
-def measure(name: str, n: int, settings: Settings, batch_size: int) -> None:
-    families, judge, task = ef.zoo.concepts(), ef.zoo.load("judge"), TASKS[name]
-    rows = draw_conditions(n, 1)
-    used = {slot: rows[slot] for _, slot, _ in task.terms}
-    expr = expression(task, settings, families)
-    runs = {"float32": {}, "float32, another seed": {"seed": 1}, "bfloat16": {"compute_dtype": torch.bfloat16}}
+def measure(row: Row, n: int, settings: Settings, batch_size: int) -> None:
+    models = Models.bundled()
+    composed = expression(row, models, settings)
+    runs = {"float32": {}, "float32, another seed": {"seed": 1}, "bfloat16": {"options": {"compute_dtype": torch.bfloat16}}}
     found, energies = {}, {}
     for label, options in runs.items():
-        scores, x = evaluate(task, settings, families, judge, n, 1, options.pop("seed", 0), batch_size, **options)
+        protocol = Protocol(ef.zoo.load("judge"), models.law, n=n, conditions=max(2, n // 4), batch_size=batch_size, **options)
+        rows, _ = protocol.rows(row)
+        used = {slot: rows[slot] for slot in composed.slots}
+        sampler, steps = models.sampler(settings)
+        x, _ = protocol._draw(composed, sampler, steps, used, models)
         with torch.no_grad():
-            parts = [expr.energy(x[i:i + 256], SIGMA, {k: v[i:i + 256] for k, v in used.items()}) for i in range(0, n, 256)]
-        energies[label], found[label] = torch.cat(parts), scores
+            parts = [composed.energy(x[i:i + 256], SIGMA, {k: v[i:i + 256] for k, v in used.items()}) for i in range(0, n, 256)]
+        seen = protocol.reader.read(x)
+        energies[label] = torch.cat(parts)
+        found[label] = {title: float(node.right(seen, rows).float().mean()) for title, node in row.columns.items()}
     base = energies["float32"]
     for label, e in energies.items():
         error = float(((e.var() + base.var()) / n).sqrt())
         found[label] |= {"energy_mean": float(e.mean()), "energy_std": float(e.std()),
                          "mean_shift_in_standard_errors": float(e.mean() - base.mean()) / error, "ks_distance": distance(e, base)}
-    record("precision", {"task": name, "n": n, "ks_of_chance_5_percent": 1.36 * (2 / n) ** 0.5}, {"results": found})
+    record("precision", {"row": row.title, "n": n, "ks_of_chance_5_percent": 1.36 * (2 / n) ** 0.5}, {"results": found})
+
+
+def rows() -> list[Row]:
+    """An AND and an OR."""
+    wanted = ("position AND color", "position 1 OR position 2")
+    return [row for e in EXPERIMENTS.values() for row in e.rows if row.title in wanted][:2]
 
 
 def main() -> None:
@@ -55,10 +66,10 @@ def main() -> None:
     options = parser.parse_args()
     if options.smoke:
         timing.RESULTS = Path(tempfile.mkdtemp())
-        measure("position AND color", 4, Settings(levels=2, steps_per_level=1), 4)
+        measure(rows()[0], 4, Settings(levels=2, steps_per_level=1), 4)
         return
-    for name in ("position AND color", "position1 OR position2"):
-        measure(name, options.n, Settings(), 128)
+    for row in rows():
+        measure(row, options.n, Settings(), 128)
 
 
 if __name__ == "__main__":
