@@ -93,11 +93,12 @@ def test_without_cross_entropy_a_model_is_not_called_hybrid(data, tmp_path):
     assert not train(data, tmp_path / "out", "color", "--contrast", "0")["hybrid"]
 
 
-def test_stages_build_on_each_other(data, tmp_path, capsys):
+def test_stages_build_on_each_other(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(zoo, "folder", lambda group=None: tmp_path / "nothing bundled")
     out = tmp_path / "continual"
     options = ("--frozen", str(out))
-    assert main(["train", "stage_shape", "--data", str(data), "--out", str(out), "--quiet", "--frozen", str(out)]) == 2 or (
-        zoo.folder("continual") / "position.json").exists(), "a missing stage is an error unless it is bundled"
+    assert main(["train", "stage_shape", "--data", str(data), "--out", str(out), "--quiet", *options]) == 2
+    assert "stage_shape builds on position.json of an earlier stage" in capsys.readouterr().err
     for name in ("stage_position", "stage_shape", "stage_color"):
         card = train(data, out, name, *options)
         assert card["frozen"] == list(RECIPES[name].frozen)
