@@ -34,6 +34,7 @@ class Settings:
     odds: of the bounded negation (`ef.without`) where a conjunction has a negated concept; None divides by p^alpha:
     alpha: weight of a negated concept then, at noise levels above `alpha_above`; None is the models' own.
     prior_above: each model's own prior is taken out at noise levels above this one only; None is the card's.
+    prior_weight: how much of each prior is taken out there, 1 by Bayes' rule; None is the card's.
     plain: priors stay where they are, as in the paper: a plain product.
     levels, steps_per_level, drift: of the annealing; None is the card's.
     """
@@ -43,6 +44,7 @@ class Settings:
     alpha: float | None = 0.3
     alpha_above: float = 1.0
     prior_above: float | None = None
+    prior_weight: float | None = None
     plain: bool = False
     levels: int | None = None
     steps_per_level: int | None = None
@@ -133,9 +135,10 @@ class Models:
         plain = settings.plain or not self.have_priors
         odds = settings.odds if self.have_priors else None
         if "sigma_max" not in self.schedule:
-            return replace(settings, plain=plain, odds=odds, alpha=None, prior_above=0.0)
+            return replace(settings, plain=plain, odds=odds, alpha=None, prior_above=0.0, prior_weight=settings.prior_weight or 1.0)
         above = self.schedule.get("prior_above", 0.0) if settings.prior_above is None else settings.prior_above
-        return replace(settings, plain=plain, odds=odds, prior_above=above)
+        weight = self.schedule.get("prior_weight", 1.0) if settings.prior_weight is None else settings.prior_weight
+        return replace(settings, plain=plain, odds=odds, prior_above=above, prior_weight=weight)
 
     def pictures(self, x: Tensor) -> Tensor:
         """Samples in the range that readers expect, [-1, 1]."""
@@ -167,7 +170,7 @@ def expression(row: Row, models: Models, settings: Settings) -> Expression:
     kept, excluded = _excluded(row.tree) if settings.odds is not None else (row.tree, ())
     composed = compose(kept, models.families, lambda concept: weights.get(concept, 1.0), settings.negation)
     if not settings.plain:
-        composed = zoo.own_priors(composed, settings.prior_above)
+        composed = zoo.own_priors(composed, settings.prior_above, settings.prior_weight)
     for part in excluded:
         family = models.families[part.concept]
         composed = without(composed, family[Slot(part.slot)], family.unconditional, settings.odds)
@@ -191,7 +194,8 @@ def density(row: Row, models: Models, settings: Settings) -> str:
     kept = _excluded(row.tree)[0] if settings.odds is not None else row.tree
     if len(list(kept.leaves())) > 1 and not (isinstance(row.tree, Any) and all(isinstance(p, Is) for p in row.tree.parts)):
         above = f" above sigma {settings.prior_above:g}" if settings.prior_above else ""
-        parts.append(f"product, each prior counted once{above}" if not settings.plain else "plain product")
+        part = "" if settings.prior_weight == 1.0 else f" with weight {settings.prior_weight:g}"
+        parts.append(f"product, each prior counted once{part}{above}" if not settings.plain else "plain product")
     if has_not(row.tree) and settings.odds is not None:
         parts.append(f"bounded negation, odds {settings.odds:g}")
     elif has_not(row.tree):
