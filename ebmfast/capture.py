@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import inspect
 import threading
 import types
@@ -35,6 +36,13 @@ WARM_UP = 3  # steps before a capture; torch asks for them, so that libraries ar
 _capturing = threading.Lock()  # torch's allocator takes one capture of a process at a time
 
 
+def free_memory() -> None:
+    """Give memory that nothing uses back to the devices; waits until no thread captures, which that would break."""
+    with _capturing:
+        gc.collect()  # errors hold the frames, and so the tensors, of what failed
+        torch.cuda.empty_cache()
+
+
 class CudaGraphs:
     """The graph primitive of torch on one device, and what goes with it: forks, flags that are looked at later.
 
@@ -53,6 +61,7 @@ class CudaGraphs:
     def record(self, function: Callable[[], None], warm_up: Callable[[], None]) -> Callable[[], None]:
         """What `function` launches, as a replay; `warm_up` runs the same kernels before, a few times."""
         with _capturing, torch.cuda.device(self.device):
+            gc.collect()  # a graph that only the traceback of a failed recording holds does not count
             if not self._graphs:  # torch takes no pool again that all graphs have left
                 self._pool, self._side, self._warm = torch.cuda.graph_pool_handle(), torch.cuda.Stream(), torch.cuda.Stream()
                 self._branches.clear()
@@ -216,7 +225,8 @@ class Captures:
         parts = [kernel.inner, kernel.descent] if isinstance(kernel, DenoisingKernel) else [kernel]
         evaluator = getattr(parts[0], "evaluator", None)
         if self.reason is None and not isinstance(evaluator, Evaluator):
-            self.reason = "every chain runs a branch of its own"
+            own = "every chain runs a branch of its own"
+            self.reason = own if evaluator is not None else f"{type(kernel).__name__} takes its gradients from elsewhere"
         if self.reason is not None:
             return kernel
         if isinstance(kernel, LangevinKernel):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import signal
 import threading
@@ -15,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from . import batching, measured, memory, stacking
+from .capture import free_memory
 from .chain import Chain
 from .coupling import check_rows
 from .diagnostics import Diagnostics, Stream, summarise
@@ -163,8 +163,7 @@ class Chains:
         self._slices[i:] = _cut(rest, self.batch)
         run.captures.clear()
         if call.device.type == "cuda":
-            gc.collect()  # errors hold the frames, and so the tensors, of what failed
-            torch.cuda.empty_cache()
+            free_memory()
         warnings.warn(f"out of memory with micro-batches of {size} chains; going on with {self.batch}, which changes no noise",
                       stacklevel=2)
 
