@@ -8,6 +8,7 @@ import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -96,8 +97,8 @@ class SceneConfig:
 
 
 @dataclass
-class SceneData:
-    """Pictures and labels: images uint8 [N, 3, R, R]; position [N, 2]; size [N]; shape, color int64 [N], -1 if empty."""
+class Labelled:
+    """Pictures uint8 [N, 3, R, R] with labels, which are indexed together."""
 
     images: Tensor
     position: Tensor
@@ -109,8 +110,16 @@ class SceneData:
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index) -> SceneData:
-        return SceneData(*(t[index] for t in (self.images, self.position, self.size, self.shape, self.color)), self.n_colors)
+    def __getitem__(self, index) -> Self:
+        return type(self)(*(t[index] for t in (self.images, self.position, self.size, self.shape, self.color)), self.n_colors)
+
+    def pixels(self) -> Tensor:
+        """Images as float32 in [-1, 1]."""
+        return self.images.float() / 127.5 - 1.0
+
+
+class SceneData(Labelled):
+    """Pictures and labels: images uint8 [N, 3, R, R]; position [N, 2]; size [N]; shape, color int64 [N], -1 if empty."""
 
     def with_object(self) -> SceneData:
         """The part of the data whose pictures hold an object."""
@@ -131,30 +140,12 @@ class SceneData:
             return torch.cat([self.condition(c) for c in ("shape", "color", "position", "size")], dim=1)
         raise ValueError(f"`concept` must be position, size, shape, color or joint, got {concept!r}")
 
-    def pixels(self) -> Tensor:
-        """Images as float32 in [-1, 1]."""
-        return self.images.float() / 127.5 - 1.0
 
-
-@dataclass
-class ObjectsData:
+class ObjectsData(Labelled):
     """Pictures of several objects: images uint8 [N, 3, R, R]; count [N]; position [N, K, 2]; size, shape, color [N, K].
 
     Objects are sorted to the front; where there is none, shape and color are -1.
     """
-
-    images: Tensor
-    position: Tensor
-    size: Tensor
-    shape: Tensor
-    color: Tensor
-    n_colors: int = len(COLORS)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index) -> ObjectsData:
-        return ObjectsData(*(t[index] for t in (self.images, self.position, self.size, self.shape, self.color)), self.n_colors)
 
     @property
     def count(self) -> Tensor:
@@ -171,10 +162,6 @@ class ObjectsData:
         index = (torch.arange(len(self)), (u * self.count.clamp_min(1)).long())
         labels = (t[index] for t in (self.position, self.size, self.shape, self.color))
         return SceneData(self.images, *labels, self.n_colors)
-
-    def pixels(self) -> Tensor:
-        """Images as float32 in [-1, 1]."""
-        return self.images.float() / 127.5 - 1.0
 
 
 def draw_scene(config: SceneConfig, index: int) -> tuple[Scene, dict]:
