@@ -2,8 +2,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +47,7 @@ class NoiseConditionalEnergy(nn.Module):
     its gradient works like the decoder of a U-Net.
 
     Args:
-        condition_dim: C, floats of a condition.
+        condition_dim: C, floats of a condition; 0 for a network without one.
         widths: channels at 1/2, 1/4 and 1/8 of the resolution.
         depths: residual blocks at these scales.
         embedding: width of the embedding of (condition, sigma).
@@ -58,6 +59,7 @@ class NoiseConditionalEnergy(nn.Module):
         homography: 9 numbers, row-major; maps (x, y, 1) of a position condition to homogeneous image coordinates
             in [-1, 1]; the network then also gets Gaussian bumps of three widths centred there.
         place: where in the condition x and y are, for `homography`.
+        channels: of the pictures, 3 if they are in colour.
     """
 
     BUMPS = (0.12, 0.3, 0.8)
@@ -77,6 +79,7 @@ class NoiseConditionalEnergy(nn.Module):
         harmonics: int = 0,
         homography: Sequence[float] | None = None,
         place: int = 0,
+        channels: int = 3,
     ):
         super().__init__()
         self.condition_dim, self.harmonics, self.place = condition_dim, harmonics, place
@@ -89,12 +92,13 @@ class NoiseConditionalEnergy(nn.Module):
         self.sigma_range = (float(sigma[0]), float(sigma[1]))
         self.homography = None if homography is None else tuple(float(v) for v in homography)
         features = condition_dim * (1 + 2 * harmonics)
-        self.embed_condition = nn.Sequential(nn.Linear(features, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
+        if condition_dim:
+            self.embed_condition = nn.Sequential(nn.Linear(features, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
         self.embed_sigma = nn.Linear(8, embedding)
         self.embed = nn.Linear(embedding, embedding)
         self.no_condition = nn.Parameter(torch.zeros(embedding))
         bumps = len(self.BUMPS) if homography is not None else 0
-        self.stem = nn.Conv2d(12 + 2 + bumps, widths[0], 3, padding=1)
+        self.stem = nn.Conv2d(4 * channels + 2 + bumps, widths[0], 3, padding=1)
         self.blocks, self.left, self.right = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         c = widths[0]
         for width, depth in zip(widths, depths):
@@ -118,11 +122,18 @@ class NoiseConditionalEnergy(nn.Module):
         if sigma is None:
             sigma = x.new_full((batch,), self.sigma_range[0])
         sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(batch)
-        condition, keep = self._condition(x, condition, keep)
+        u = self.scaled(x, sigma)
+        return 0.5 * u.square().sum(dim=(1, 2, 3)) + (self.std / sigma) * self.structure(u, condition, sigma, keep)
+
+    def scaled(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """u of x [B, 3, H, W] at noise level sigma [B]."""
         level = sigma[:, None, None, None]
-        u = (x - self.mean) / torch.sqrt(level * level + self.std**2)
-        h = self._network(u, self._embedding(condition, keep, sigma), self._maps(x, condition, keep))
-        return 0.5 * u.square().sum(dim=(1, 2, 3)) + (self.std / sigma) * h
+        return (x - self.mean) / torch.sqrt(level * level + self.std**2)
+
+    def structure(self, u: Tensor, condition: Tensor | None, sigma: Tensor, keep: Tensor | None = None) -> Tensor:
+        """h(u, c, sigma) [B] of u [B, 3, H, W]; others as in `forward`."""
+        condition, keep = self._condition(u, condition, keep)
+        return self._network(u, self._embedding(condition, keep, sigma), self._maps(u, condition, keep))
 
     def _condition(self, x: Tensor, condition: Tensor | None, keep: Tensor | None) -> tuple[Tensor, Tensor]:
         batch = x.shape[0]
@@ -140,7 +151,9 @@ class NoiseConditionalEnergy(nn.Module):
         t = (torch.log(sigma) - lo) / (hi - lo)
         k = torch.arange(8, dtype=sigma.dtype, device=sigma.device)
         keep = keep[:, None]
-        e = keep * self.embed_condition(torch.cat([c, *waves], dim=1)) + (1.0 - keep) * self.no_condition
+        e = (1.0 - keep) * self.no_condition
+        if self.condition_dim:
+            e = keep * self.embed_condition(torch.cat([c, *waves], dim=1)) + e
         e = e + self.embed_sigma(torch.cos(math.pi * k * t[:, None]))
         return F.silu(self.embed(F.silu(e)))
 
@@ -172,6 +185,54 @@ class NoiseConditionalEnergy(nn.Module):
             a = F.silu(y)
             value = value + (self.left[scale](a) * self.right[scale](a)).sum(dim=(1, 2, 3))
         return value + self.linear(F.silu(y)).sum(dim=(1, 2, 3))
+
+
+VIEWS: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
+    "luminance": (1, lambda u: u.sum(dim=1, keepdim=True) / math.sqrt(u.shape[1])),
+    "coarse": (3, lambda u: F.avg_pool2d(u, u.shape[-1] // 8) * (u.shape[-1] // 8)),
+}
+
+
+class ViewedEnergy(nn.Module):
+    """A noise-conditional energy whose condition looks at the picture through a view V only.
+
+    ``E(x, c, sigma) = E_0(x, sigma) + (s / sigma) r(V u, c, sigma)``: E_0 is a `NoiseConditionalEnergy` without condition,
+    r a network like its own. What is composed with other concepts, E(x | c) - E(x), is then a function of the view: a shape
+    that looks at luminance says nothing about colours, also not about pairs of shape and colour that training never showed;
+    p(x) prod_i p(V_i x | c_i) / p(V_i x) is exact where c_i depends on x through V_i x. Rows of V are orthonormal, so that
+    white noise stays white.
+
+    Args:
+        condition_dim: C, floats of a condition.
+        view: "luminance", the sum of the channels over the root of their number, or "coarse", means over 8x8 blocks times
+            the width of a block.
+        prior: options of E_0, beside mean, std and sigma.
+        mean, std, sigma: as in `NoiseConditionalEnergy`.
+        options: of r: widths, depths, center, scale, homography, ...
+    """
+
+    def __init__(self, condition_dim: int, view: str = "luminance", prior: Mapping[str, Any] | None = None, mean: float = 0.0,
+                 std: float = 0.25, sigma: Sequence[float] = (0.06, 4.0), **options: Any):
+        super().__init__()
+        if view not in VIEWS:
+            raise ValueError(f"`view` must be one of {', '.join(VIEWS)}, got {view!r}")
+        channels, self._view = VIEWS[view]
+        self.condition_dim, self.mean, self.std, self.sigma_range = condition_dim, mean, std, (float(sigma[0]), float(sigma[1]))
+        self.prior = NoiseConditionalEnergy(0, mean=mean, std=std, sigma=sigma, **(prior or {}))
+        self.seen = NoiseConditionalEnergy(condition_dim, mean=mean, std=std, sigma=sigma, channels=channels, **options)
+
+    def forward(self, x: Tensor, condition: Tensor | None = None, sigma: Tensor | None = None,
+                keep: Tensor | None = None) -> Tensor:
+        """Energies [B], arguments and errors as in `NoiseConditionalEnergy`."""
+        energy = self.prior(x, None, sigma)
+        return energy if condition is None else energy + self.ratio(x, condition, sigma, keep)
+
+    def ratio(self, x: Tensor, condition: Tensor, sigma: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
+        """E(x | c) - E(x) [B], without the cost of E(x); 0 in rows that are not kept."""
+        sigma = x.new_tensor(self.sigma_range[0]) if sigma is None else sigma
+        sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(len(x))
+        value = (self.std / sigma) * self.seen.structure(self._view(self.prior.scaled(x, sigma)), condition, sigma)
+        return value if keep is None else keep * value
 
 
 class AtNoiseLevel(nn.Module):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ebmfast.models import CubesNet, NoiseConditionalEnergy, ResNet128
+from ebmfast.models import VIEWS, CubesNet, NoiseConditionalEnergy, ResNet128, ViewedEnergy
 
 HOMOGRAPHY = (0.7, 0.0, 0.0, 0.0, -0.5, 0.0, 0.0, 0.1, 1.0)
 
@@ -107,6 +107,51 @@ def test_a_condition_of_the_wrong_width_raises():
     x, c, sigma = inputs(condition_dim=3)
     with pytest.raises(ValueError, match=r"`condition` must be \[5, 2\], got \[5, 3\]"):
         small()(x, c, sigma)
+
+
+def viewed(view="luminance", **options):
+    torch.manual_seed(0)
+    small = {"widths": (8, 12, 16), "embedding": 16, "heads": 4}
+    model = ViewedEnergy(2, view, prior=small, mean=0.1, std=0.3, **small, **options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_views_keep_white_noise_white(view):
+    basis = torch.eye(3 * 16 * 16, dtype=torch.float64).view(-1, 3, 16, 16)
+    rows = VIEWS[view][1](basis).flatten(1).T
+    torch.testing.assert_close(rows @ rows.T, torch.eye(len(rows), dtype=torch.float64))
+
+
+def test_a_condition_sees_the_picture_through_its_view_only():
+    model = viewed()
+    x, c, sigma = inputs()
+    hue = torch.tensor([0.5, -0.2, -0.3])[:, None, None] * torch.rand(5, 1, 32, 32, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(model.ratio(x + hue, c, sigma), model.ratio(x, c, sigma), rtol=1e-4, atol=1e-4)
+    assert (model(x + hue, c, sigma) - model(x, c, sigma)).abs().min() > 1e-2
+    block, coarse = torch.zeros(1, 3, 32, 32), viewed("coarse")
+    block[..., 8:10, 8:10] = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
+    torch.testing.assert_close(coarse.ratio(x + block, c, sigma), coarse.ratio(x, c, sigma), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"homography": HOMOGRAPHY}])
+def test_a_viewed_energy_is_its_prior_and_a_ratio(options):
+    model = viewed(**options)
+    x, c, sigma = inputs()
+    keep = torch.tensor([1.0, 0.0, 1.0, 0.0, 0.0])
+    free, kept = model(x, None, sigma), model(x, c, sigma)
+    torch.testing.assert_close(free, model.prior(x, None, sigma))
+    torch.testing.assert_close(kept, free + model.ratio(x, c, sigma))
+    torch.testing.assert_close(model(x, c, sigma, keep), torch.where(keep > 0, kept, free))
+    assert ((kept - free).abs() > 1e-3).all()
+    torch.testing.assert_close(model(x, c, torch.tensor(0.06)), model(x, c))
+    with pytest.raises(ValueError, match=r"`condition` must be \[5, 2\], got \[5, 3\]"):
+        model(x, torch.zeros(5, 3), sigma)
+    with pytest.raises(ValueError, match="`view` must be one of luminance, coarse, got 'chroma'"):
+        ViewedEnergy(2, "chroma")
 
 
 def test_cubes_net_has_the_papers_size_and_conditions():

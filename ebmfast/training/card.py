@@ -9,10 +9,17 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
+from ..models import NoiseConditionalEnergy, ViewedEnergy
+
 SAMPLING = {"levels": 16, "sigma_max": 4.0, "sigma_min": 0.06, "steps_per_level": 6, "drift": 0.3, "denoise": True,
             "prior_above": 0.15}
 NEGATION_ALPHA = 0.3
 CONTRASTIVE_ALPHA = 0.01
+
+
+def network_class(network: dict) -> type[NoiseConditionalEnergy | ViewedEnergy]:
+    """The class whose arguments these are."""
+    return ViewedEnergy if "view" in network else NoiseConditionalEnergy
 
 
 def sha256(path: str | Path) -> str:
@@ -36,7 +43,7 @@ def write_card(folder: Path, recipe, network: dict, config, weights: dict, comma
         "method": "score matching",
         "hybrid": bool(config.contrast_weight),
         "frozen": list(recipe.frozen),
-        "architecture": {"class": "ebmfast.models.NoiseConditionalEnergy", "arguments": network},
+        "architecture": {"class": f"ebmfast.models.{network_class(network).__name__}", "arguments": network},
         "condition_dim": recipe.condition_dim,
         "labels": recipe.label_vectors(),
         "ranges": [list(r) for r in recipe.ranges],

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from ..models import NoiseConditionalEnergy
 from .concepts import FACES, RECIPES
 from .contrastive_cli import add_contrastive_arguments, train_contrastive
 from .data import TrainingData, frozen_models, read
@@ -100,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
 
 def train_score(args: argparse.Namespace, data: TrainingData, device: torch.device, bf16: bool, out: Path) -> None:
     """Denoising score matching."""
-    from .card import stored, write_card
+    from .card import network_class, stored, write_card
     from .pictures import grid_writer
 
     recipe = data.recipe
@@ -108,7 +107,7 @@ def train_score(args: argparse.Namespace, data: TrainingData, device: torch.devi
     config = TrainConfig(
         iterations=args.iterations or recipe.iterations, batch=args.batch or 32, learning_rate=args.learning_rate or 1.5e-3,
         seed=args.seed, labels=bool(recipe.labels), contrast_weight=args.contrast, bf16=bf16)
-    model = NoiseConditionalEnergy(**network).to(device)
+    model = network_class(network)(**network).to(device)
     pictures = grid_writer(data.shown, args.resolution, noise_levels=True) if args.pictures_every else None
     frozen = frozen_models(recipe, data.labels, args.frozen, device)
     trainer = Trainer(model, data.images, data.conditions, config, out / f"{recipe.name}.run", data.counts, frozen,

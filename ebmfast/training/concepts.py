@@ -75,6 +75,9 @@ class ConceptRecipe:
 LARGE = {"widths": (64, 96, 128, 128), "depths": (1, 1, 2, 2)}
 PLACE = {"homography": camera_homography()}
 WIDE = {"widths": (32, 64, 96)}
+SMALL = {"widths": (24, 40, 56)}
+LUMINANCE = {"view": "luminance", "prior": {}, "widths": (32, 56, 80)}
+HUELESS = LUMINANCE | {"prior": SMALL}
 SIZES = {"center": 0.55, "scale": 0.15, "harmonics": 1}
 SHAPES_AND_COLORS = len(SHAPES) + len(COLORS)
 JOINT = {**WIDE, **PLACE, "place": SHAPES_AND_COLORS, "center": (0.0,) * (SHAPES_AND_COLORS + 2) + (0.55,),
@@ -84,7 +87,7 @@ UNIT = (-1.0, 1.0)
 RECIPES = {r.name: r for r in (
     ConceptRecipe("position", 2, 4000, ranges=(UNIT, UNIT), network=PLACE, about="where the object is"),
     ConceptRecipe("color", len(COLORS), 4000, labels=tuple(COLORS), about="which of six colours"),
-    ConceptRecipe("shape", len(SHAPES), 7000, labels=SHAPES, network=WIDE, about="cube, sphere or cylinder"),
+    ConceptRecipe("shape", len(SHAPES), 7000, labels=SHAPES, network=LUMINANCE, about="cube, sphere or cylinder"),
     ConceptRecipe("size", 1, 6000, ranges=(SIZE_RANGE,), network=WIDE | SIZES, about="how large"),
     ConceptRecipe(
         "objects", 2, 6000, ranges=(UNIT, UNIT), network=WIDE | PLACE, concept="position", group="objects", data="objects",
@@ -93,11 +96,11 @@ RECIPES = {r.name: r for r in (
         "joint", SHAPES_AND_COLORS + 3, 7000, ranges=(*((0.0, 1.0),) * SHAPES_AND_COLORS, UNIT, UNIT, SIZE_RANGE), network=JOINT,
         group="joint", about="one model under shape, color, position and size together: what compositions are compared with"),
     ConceptRecipe(
-        "stage_position", 2, 3500, ranges=(UNIT, UNIT), network=PLACE, concept="position", group="continual",
+        "stage_position", 2, 3500, ranges=(UNIT, UNIT), network=HUELESS | PLACE, concept="position", group="continual",
         data="purple-cubes", test="purple-cubes-test", prior_above=0.0,
         about="continual learning, stage 1: positions of purple cubes"),
     ConceptRecipe(
-        "stage_shape", len(SHAPES), 4000, labels=SHAPES, network=WIDE, concept="shape", group="continual",
+        "stage_shape", len(SHAPES), 4000, labels=SHAPES, network=HUELESS, concept="shape", group="continual",
         data="purple-shapes", test="purple-shapes-test", frozen=("position",), prior_above=0.0,
         about="stage 2: shapes of purple objects, stage 1 frozen"),
     ConceptRecipe(

@@ -51,6 +51,10 @@ def ratio_gradient(model: nn.Module, noised: Tensor, sigma: Tensor, condition: T
 
     What a concept learnt earlier adds to a composition whose prior is the new model's: `p(x | c) / p(x)`.
     """
+    if hasattr(model, "ratio"):
+        x = noised.detach().requires_grad_(True)
+        (gradient,) = torch.autograd.grad(model.ratio(x, condition, sigma, keep).sum(), x)
+        return gradient
     rows = noised.detach().repeat(2, 1, 1, 1).requires_grad_(True)
     flags = torch.cat([keep, torch.zeros_like(keep)])
     energy = model(rows, condition.repeat(2, 1), sigma.repeat(2), flags)
@@ -68,7 +72,8 @@ def contrast(model: nn.Module, noised: Tensor, sigma: Tensor, candidates: Tensor
     """
     rows, count, width = candidates.shape
     x = noised.detach().repeat_interleave(count, dim=0)
-    energy = model(x, candidates.reshape(rows * count, width), sigma.repeat_interleave(count)).view(rows, count)
+    energy = getattr(model, "ratio", model)  # what does not depend on the condition cancels
+    energy = energy(x, candidates.reshape(rows * count, width), sigma.repeat_interleave(count)).view(rows, count)
     return F.cross_entropy(-energy, torch.zeros(rows, dtype=torch.long, device=x.device))
 
 
