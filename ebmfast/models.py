@@ -235,6 +235,11 @@ class ViewedEnergy(nn.Module):
         return value if keep is None else keep * value
 
 
+def network_class(arguments: Mapping[str, Any]) -> type[NoiseConditionalEnergy | ViewedEnergy]:
+    """The class of noise-conditional energies whose arguments these are."""
+    return ViewedEnergy if "view" in arguments else NoiseConditionalEnergy
+
+
 class AtNoiseLevel(nn.Module):
     """A noise-conditional energy at one level, for pictures in [0, 1]: what contrastive divergence can start from.
 
@@ -242,13 +247,13 @@ class AtNoiseLevel(nn.Module):
 
     Args:
         sigma: the level, in the network's own range [-1, 1].
-        condition_dim, options: of `NoiseConditionalEnergy`.
+        condition_dim, options: of `NoiseConditionalEnergy`, or of `ViewedEnergy` where a view is among them.
     """
 
     def __init__(self, sigma: float, condition_dim: int, **options):
         super().__init__()
         self.sigma = sigma
-        self.network = NoiseConditionalEnergy(condition_dim, **options)
+        self.network = network_class(options)(condition_dim, **options)
 
     def forward(self, x: Tensor, condition: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
         """Energies [B] of x [B, 3, H, W] in [0, 1] under condition [B, C]; `keep` as in `NoiseConditionalEnergy`."""

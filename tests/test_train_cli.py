@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 import ebmfast as ef
 from ebmfast import scenes, zoo
 from ebmfast.cli import main
-from ebmfast.models import NoiseConditionalEnergy
+from ebmfast.models import NoiseConditionalEnergy, ViewedEnergy
 from ebmfast.scenes import dataset, sets
 from ebmfast.training import ContrastiveConfig, TrainConfig, Trainer, ratio_gradient, score_error
 from ebmfast.training.card import contrastive_schedule
@@ -134,6 +134,34 @@ def test_contrastive_divergence_starts_from_a_score_matched_model(data, tmp_path
     start, end = zoo.load_from(tmp_path / "score", "color"), zoo.load_from(tmp_path / "cd", "color")
     x, c = torch.rand(2, 3, 32, 32), torch.eye(6)[:2]
     torch.testing.assert_close(end(x, c), start(2 * x - 1, c, torch.full((2,), 0.4)), rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["color", "shape"])
+def test_score_matching_starts_from_weights_where_asked(data, tmp_path, name):
+    first = train(data, tmp_path / "first", name)
+    card = train(data, tmp_path / "more", name, "--start-from", str(tmp_path / "first"), "--learning-rate", "1e-9")
+    assert card["architecture"] == first["architecture"] and f"--start-from {tmp_path / 'first'}" in card["command"]
+    one, two = (zoo.load_from(tmp_path / folder, name) for folder in ("first", "more"))
+    x, c = torch.rand(2, 3, 32, 32), torch.eye(len(first["labels"]))[:2]
+    torch.testing.assert_close(two(x, c), one(x, c), rtol=1e-4, atol=1e-2)
+
+
+def test_contrastive_divergence_starts_from_a_viewed_model(data, tmp_path):
+    train(data, tmp_path / "score", "shape")
+    options = {"method": "contrastive", "start-from": tmp_path / "score", "steps": 2, "squares": 0, "max-gap": 1e9}
+    card = train(data, tmp_path / "cd", "shape", *(f"--{k}={v}" for k, v in options.items()))
+    assert card["architecture"]["arguments"]["view"] == "luminance"
+    assert zoo.load_from(tmp_path / "cd", "shape").network.ratio(torch.rand(1, 3, 32, 32), torch.eye(3)[:1]).shape == (1,)
+
+
+def test_a_frozen_ratio_is_the_difference_of_two_energies():
+    torch.manual_seed(0)
+    model = ViewedEnergy(2, prior={"widths": (8, 8, 8)}, widths=(8, 8, 8))
+    x, c, sigma, keep = torch.rand(3, 3, 16, 16), torch.rand(3, 2), torch.tensor([0.1, 0.5, 2.0]), torch.tensor([1.0, 0.0, 1.0])
+    found = ratio_gradient(model, x, sigma, c, keep)
+    x.requires_grad_(True)
+    (wanted,) = torch.autograd.grad((model(x, c, sigma, keep) - model(x, None, sigma)).sum(), x)
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
 
 
 def test_a_smoothed_models_last_step_takes_the_noise_away():

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ebmfast.models import NoiseConditionalEnergy
+from ebmfast.models import NoiseConditionalEnergy, network_class
 from ebmfast.training import (
     DivergenceError,
     NoiseLevels,
@@ -163,7 +163,7 @@ def test_the_position_recipe_projects_as_the_camera_does():
 
 def test_recipes_build_their_networks():
     for name, recipe in RECIPES.items():
-        model = NoiseConditionalEnergy(recipe.condition_dim, **recipe.network)
+        model = network_class(recipe.network)(recipe.condition_dim, **recipe.network)
         assert model(torch.zeros(1, 3, 32, 32), torch.zeros(1, recipe.condition_dim)).shape == (1,)
         assert recipe.name == name and bool(recipe.labels) != bool(recipe.ranges)
         if recipe.labels:

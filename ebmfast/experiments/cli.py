@@ -55,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for the tables (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=64, help="chains per micro-batch (default: %(default)s)")
     parser.add_argument("--backend", default="auto", help="as in `ebmfast sample`")
+    parser.add_argument("--bf16", action="store_true", help="evaluate the models in bfloat16; states and steps stay float32")
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's)")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
@@ -120,7 +121,7 @@ def _data(name: str, models: Models, root):
 
 def _protocol(args, models: Models, reader, real) -> Protocol:
     return Protocol(reader, models.law, args.n, args.conditions, args.condition_seed, args.seed,
-                    None if isinstance(real, str) else real, args.batch_size, not args.quiet, {"backend": args.backend})
+                    None if isinstance(real, str) else real, args.batch_size, not args.quiet, {"backend": args.backend} | ({"compute_dtype": torch.bfloat16} if args.bf16 else {}))
 
 
 def _facts(args, models: Models) -> dict:
@@ -129,6 +130,8 @@ def _facts(args, models: Models) -> dict:
              "condition seed": f"{args.condition_seed}{' (the one for tuning)' if args.condition_seed == TUNING_SEED else ''}",
              "seed": args.seed, "intervals": "95 %, bootstrap over conditions",
              "made with": f"ebmfast {__version__}, torch {torch.__version__}, {platform.machine()}"}
+    if args.bf16:
+        facts["precision"] = "models in bfloat16, states in float32"
     if models.hybrid:
         facts["models"] = "hybrid: trained with a cross-entropy term beside score matching"
     return facts

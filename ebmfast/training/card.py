@@ -9,17 +9,12 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from ..models import NoiseConditionalEnergy, ViewedEnergy
+from ..models import network_class
 
 SAMPLING = {"levels": 16, "sigma_max": 4.0, "sigma_min": 0.06, "steps_per_level": 6, "drift": 0.3, "denoise": True,
             "prior_above": 0.15}
 NEGATION_ALPHA = 0.3
 CONTRASTIVE_ALPHA = 0.01
-
-
-def network_class(network: dict) -> type[NoiseConditionalEnergy | ViewedEnergy]:
-    """The class whose arguments these are."""
-    return ViewedEnergy if "view" in network else NoiseConditionalEnergy
 
 
 def sha256(path: str | Path) -> str:

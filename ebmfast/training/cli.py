@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 
+from ..models import network_class
 from .concepts import FACES, RECIPES
 from .contrastive_cli import add_contrastive_arguments, train_contrastive
-from .data import TrainingData, frozen_models, read
+from .data import TrainingData, frozen_models, network_of, read, started
 from .trainer import TrainConfig, Trainer, validation_error
 
 EXAMPLES = """examples:
@@ -47,6 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--learning-rate", type=float, default=None, help="default: 0.0015, for contrastive divergence 0.0003")
     parser.add_argument("--contrast", type=float, default=0.04, metavar="W",
                         help="weight of the cross-entropy over conditions; 0 trains by score matching alone (default: 0.04)")
+    parser.add_argument("--start-from", default=None, metavar="DIR",
+                        help="start from the weights, and with the network, of the score-matched MODEL in DIR (or `zoo`)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: a GPU if there is one)")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=None,
@@ -60,7 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_contrastive_arguments(parser)
 
 
-DEFAULTS = {"batch": None, "learning_rate": None, "contrast": 0.04, "resolution": 32, "scenes": None, "celeba": "data/celeba"}
+DEFAULTS = {"batch": None, "learning_rate": None, "contrast": 0.04, "resolution": 32, "scenes": None, "celeba": "data/celeba",
+            "start_from": None}
 
 
 def command_of(args: argparse.Namespace, config, defaults: dict = DEFAULTS) -> str:
@@ -99,15 +103,17 @@ def run(args: argparse.Namespace) -> int:
 
 def train_score(args: argparse.Namespace, data: TrainingData, device: torch.device, bf16: bool, out: Path) -> None:
     """Denoising score matching."""
-    from .card import network_class, stored, write_card
+    from .card import stored, write_card
     from .pictures import grid_writer
 
     recipe = data.recipe
-    network = {"mean": data.mean, "std": data.std, "condition_dim": recipe.condition_dim, **recipe.network}
+    start, network = started(args.start_from, recipe) if args.start_from else (None, network_of(data))
     config = TrainConfig(
         iterations=args.iterations or recipe.iterations, batch=args.batch or 32, learning_rate=args.learning_rate or 1.5e-3,
         seed=args.seed, labels=bool(recipe.labels), contrast_weight=args.contrast, bf16=bf16)
     model = network_class(network)(**network).to(device)
+    if start is not None:
+        model.load_state_dict(start.state_dict())
     pictures = grid_writer(data.shown, args.resolution, noise_levels=True) if args.pictures_every else None
     frozen = frozen_models(recipe, data.labels, args.frozen, device)
     trainer = Trainer(model, data.images, data.conditions, config, out / f"{recipe.name}.run", data.counts, frozen,

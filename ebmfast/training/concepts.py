@@ -64,7 +64,8 @@ class ConceptRecipe:
             network |= {k: (v,) * extra + self.network[k] for k, v in (("center", 0.0), ("scale", 1.0))}
             recipe = replace(recipe, condition_dim=self.condition_dim + extra, ranges=ranges, network=network)
         if resolution >= 64:
-            recipe = replace(recipe, network=recipe.network | LARGE, iterations=15_000)
+            prior = {"prior": LARGE} if "view" in recipe.network else {}
+            recipe = replace(recipe, network=recipe.network | LARGE | prior, iterations=15_000)
         return recipe
 
     def label_vectors(self) -> dict[str, list[float]]:

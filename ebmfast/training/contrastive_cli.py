@@ -8,7 +8,7 @@ import torch
 
 from .. import models
 from .contrastive import ContrastiveConfig, ContrastiveTrainer
-from .data import TrainingData, frozen_models
+from .data import TrainingData, frozen_models, started
 
 PLAIN = ContrastiveConfig()
 PAPER_ITERATIONS = {"position": 10_000, "shape": 14_000, "color": 30_000}
@@ -20,9 +20,7 @@ def add_contrastive_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("contrastive divergence (--method contrastive; defaults are the paper's)")
     group.add_argument("--network", choices=tuple(NETWORKS), default="cubes", help="default: cubes")
     group.add_argument("--width", type=int, default=64, help="channels of the network's first stage (default: 64)")
-    group.add_argument("--start-from", default=None, metavar="DIR",
-                       help="start from the score-matched MODEL in DIR (or `zoo`) at noise level --level; sets the network")
-    group.add_argument("--level", type=float, default=0.2, help="noise level of --start-from (default: 0.2)")
+    group.add_argument("--level", type=float, default=0.2, help="noise level of the network of --start-from (default: 0.2)")
     group.add_argument("--steps", type=int, default=PLAIN.steps, help="steps of the chains that draw negatives (default: 40)")
     group.add_argument("--drift", type=float, default=PLAIN.drift, help="factor of their gradients (default: 100)")
     group.add_argument("--noise", type=float, default=PLAIN.noise, help="standard deviation of their noise (default: 0.001)")
@@ -39,12 +37,8 @@ def _model(args: argparse.Namespace, data: TrainingData) -> tuple[torch.nn.Modul
         options = {"condition_dim": data.recipe.condition_dim, "width": args.width}
         name = NETWORKS[args.network]
         return getattr(models, name)(**options), {"class": f"ebmfast.models.{name}", "arguments": options}
-    from .. import zoo
-
-    at_zoo = args.start_from == "zoo"
-    about = zoo.card(args.concept) if at_zoo else zoo.card_from(args.start_from, data.recipe.concept)
-    start = zoo.load(args.concept) if at_zoo else zoo.load_from(args.start_from, data.recipe.concept)
-    options = {"sigma": args.level, **about["architecture"]["arguments"]}
+    start, network = started(args.start_from, data.recipe)
+    options = {"sigma": args.level, **network}
     model = models.AtNoiseLevel(**options)
     model.network.load_state_dict(start.state_dict())
     return model, {"class": "ebmfast.models.AtNoiseLevel", "arguments": options}
@@ -71,7 +65,7 @@ def train_contrastive(args: argparse.Namespace, data: TrainingData, device: torc
                                  pictures_every=args.pictures_every, tensorboard=args.tensorboard)
     go(trainer, args)
     averaged = trainer.averaged().cpu()
-    options = {"method": "score", "network": "cubes", "width": 64, "start_from": None, "level": 0.2, "steps": 40, "drift": 100.0,
+    options = {"method": "score", "network": "cubes", "width": 64, "level": 0.2, "steps": 40, "drift": 100.0,
                "noise": 0.001, "gradient_clip": None, "squares": 1.0, "smoothing": 0.0, "max_gap": 20.0}
     path = write_contrastive_card(out, data.recipe, architecture, config, averaged, command_of(args, config, DEFAULTS | options),
                                   trainer.seconds / 60, args.resolution, data.about, args.start_from, data.held_out)

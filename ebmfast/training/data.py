@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .concepts import FACES, RECIPES, ConceptRecipe
 from .trainer import Frozen
@@ -97,3 +97,17 @@ def frozen_models(recipe: ConceptRecipe, labels, folder: str | Path | None, devi
                                     f"train that one first, or say where it is with --frozen")
         found.append(Frozen(name, zoo.load_from(place, name).to(device), labels.condition(name)))
     return found
+
+
+def network_of(data: TrainingData) -> dict:
+    """Arguments of the network that the recipe names, for these pictures."""
+    return {"mean": data.mean, "std": data.std, "condition_dim": data.recipe.condition_dim, **data.recipe.network}
+
+
+def started(folder: str, recipe: ConceptRecipe) -> tuple[nn.Module, dict]:
+    """The score-matched model that training starts from, in `folder` or bundled (`zoo`), and its network's arguments."""
+    from .. import zoo
+
+    alone = recipe.name == recipe.concept
+    place = Path(folder) if folder != "zoo" else zoo.folder() if alone else zoo.folder(recipe.group)
+    return zoo.load_from(place, recipe.concept), zoo.card_from(place, recipe.concept)["architecture"]["arguments"]
