@@ -120,8 +120,9 @@ def _data(name: str, models: Models, root):
 
 
 def _protocol(args, models: Models, reader, real) -> Protocol:
+    options = {"backend": args.backend} | ({"compute_dtype": torch.bfloat16} if args.bf16 else {})
     return Protocol(reader, models.law, args.n, args.conditions, args.condition_seed, args.seed,
-                    None if isinstance(real, str) else real, args.batch_size, not args.quiet, {"backend": args.backend} | ({"compute_dtype": torch.bfloat16} if args.bf16 else {}))
+                    None if isinstance(real, str) else real, args.batch_size, not args.quiet, options)
 
 
 def _facts(args, models: Models) -> dict:
