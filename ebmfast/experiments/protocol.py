@@ -15,7 +15,7 @@ from .. import zoo
 from ..composition import Expression, Slot, without
 from ..samplers import Annealed, Langevin, Sampler
 from ..sampling import sample
-from ..weights import AboveSigma
+from ..weights import AboveSigma, PiecewiseSigma, Weight
 from .conditions import Law, draw_conditions
 from .measures import Cell, free_attributes, kernel_distance, share
 from .registry import Row
@@ -39,7 +39,7 @@ class Settings:
     levels, steps_per_level, drift: of the annealing; None is the card's.
     """
 
-    weights: tuple[tuple[str, float], ...] = ()
+    weights: tuple[tuple[str, Weight], ...] = ()
     odds: float | None = 10.0
     alpha: float | None = 0.3
     alpha_above: float = 1.0
@@ -56,7 +56,20 @@ class Settings:
         return AboveSigma(self.alpha_above, self.alpha) if self.alpha is not None and self.alpha_above else self.alpha
 
 
-CHOSEN: dict[str, Settings] = {}  # by the title of a row
+SHARP_SHAPE = Settings(weights=(("shape", 2.0),))
+PAIRS = Settings(weights=(("shape", 3.0),), steps_per_level=12, drift=0.12)
+CHOSEN: dict[str, Settings] = {  # by the title of a row
+    "shape AND color AND position": SHARP_SHAPE,
+    "shape AND color AND position AND size": replace(SHARP_SHAPE, levels=24),
+    "(shape 1 AND color 1) OR (shape 2 AND color 2)": SHARP_SHAPE,
+    "shape AND (color 1 OR color 2) AND NOT position": SHARP_SHAPE,
+    "two positions": Settings(prior_weight=0.7, levels=24),
+    "three positions": Settings(prior_weight=0.7, levels=24),
+    "after shape": SHARP_SHAPE,
+    "after color": Settings(weights=(("shape", 2.0), ("position", 1.5)), levels=24),
+    "seen pairs": PAIRS,
+    "unseen pairs": PAIRS,
+}
 
 
 @dataclass(frozen=True)
@@ -203,7 +216,10 @@ def density(row: Row, models: Models, settings: Settings) -> str:
         above = f" above sigma {settings.alpha_above:g}" if settings.alpha is not None and settings.alpha_above else ""
         parts.append(f"alpha {alpha}{above}")
     if settings.weights:
-        parts.append("weights " + ", ".join(f"{name} {w:g}" for name, w in settings.weights))
+        parts.append("weights " + ", ".join(f"{name} {w}" if isinstance(w, PiecewiseSigma) else f"{name} {w:g}"
+                                            for name, w in settings.weights))
+    parts += [f"{value:g} {words}" for value, words in ((settings.levels, "levels"), (settings.steps_per_level, "steps a level"))
+              if value]
     return "; ".join(parts) or "p(x | c)"
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from ..composition import Expression, Family
@@ -72,8 +72,34 @@ def load_from(folder: str | Path, name: str) -> nn.Module:
     if module.split(".")[0] != "ebmfast":
         raise ValueError(f"the card of {name!r} names the class {module}.{cls}, which is not part of ebmfast")
     model = getattr(importlib.import_module(module), cls)(**about["architecture"]["arguments"])
-    model.load_state_dict(read(data))
+    model.load_state_dict(unpacked(read(data)))
     return model.to(memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+PACKED = ".scale8"
+
+
+def packed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights with kernels and matrices in 8 bits, to be stored: q = round(127 w / max|w|) of each output channel, with max|w| / 127
+    beside it as NAME.scale8; all else in float16. `unpacked` reads them."""
+    result = {}
+    for name, value in weights.items():
+        if value.ndim < 2:
+            result[name] = value.half().contiguous()
+            continue
+        scale = value.float().flatten(1).abs().amax(1).clamp_min(1e-12) / 127
+        result[name] = (value.float() / scale.view(-1, *[1] * (value.ndim - 1))).round().to(torch.int8).contiguous()
+        result[name + PACKED] = scale
+    return result
+
+
+def unpacked(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `packed` packed, in float32; other weights as they are."""
+    result = {name: value for name, value in weights.items() if not name.endswith(PACKED)}
+    for name, value in result.items():
+        if name + PACKED in weights:
+            result[name] = value.float() * weights[name + PACKED].view(-1, *[1] * (value.ndim - 1))
+    return result
 
 
 @functools.cache
