@@ -442,6 +442,19 @@ def test_all_experiments_run_from_card_files(capsys, folders, tmp_path):
     assert [line["row"] for line in unseen["lines"] if line["by"] == "score matching"] == ["seen pairs", "unseen pairs"]
 
 
+def test_models_in_bfloat16_are_said_to_be(capsys, folders, tmp_path):
+    found = {}
+    for options in ((), ("--bf16",)):
+        status, _, err = evaluate(capsys, folders, tmp_path, "unseen", *options)
+        assert status == 0, err
+        data = json.loads((tmp_path / "unseen.json").read_text())
+        found[options] = data
+        assert data["protocol"].get("precision") == ("models in bfloat16, states in float32" if options else None)
+    ours = [data["lines"][0] for data in found.values()]
+    assert "weights shape 3" in ours[0]["density"] and "12 steps a level" in ours[0]["density"]
+    assert "weights" not in next(line for line in found[()]["lines"] if line["by"] == "contrastive divergence")["density"]
+
+
 def test_what_is_missing_is_said(capsys, folders, tmp_path, monkeypatch):
     monkeypatch.setattr(zoo, "__file__", str(tmp_path / "elsewhere" / "__init__.py"))
     status, text, _ = evaluate(capsys, folders, tmp_path, "concepts", kinds=("zoo",))

@@ -174,6 +174,20 @@ def test_the_bundled_weights_stay_small():
     assert sum(sizes) <= 12e6 and max(sizes) <= 5e6
 
 
+def test_weights_in_8_bits_come_back_within_half_a_step():
+    g = torch.Generator().manual_seed(0)
+    weights = {"conv.weight": torch.randn(4, 3, 3, 3, generator=g) * torch.tensor([0.0, 1e-3, 1.0, 50.0]).view(4, 1, 1, 1),
+               "conv.bias": torch.randn(4, generator=g), "read.weight": torch.randn(2, 7, generator=g)}
+    stored = zoo.packed(weights)
+    assert stored["conv.weight"].dtype == torch.int8 and stored["conv.bias"].dtype == torch.float16
+    found = zoo.unpacked(stored)
+    assert found.keys() == weights.keys()
+    for name in ("conv.weight", "read.weight"):
+        step = weights[name].flatten(1).abs().amax(1) / 127
+        assert ((found[name] - weights[name]).flatten(1).abs() <= 0.501 * step[:, None]).all(), name
+    assert zoo.unpacked(weights).keys() == weights.keys() and zoo.load("judge").training is False
+
+
 def test_own_priors_need_models_that_have_one():
     bare = Concept(lambda x: x.flatten(1).sum(1), name="bare")
     with pytest.raises(ValueError, match="bare belongs to no family"):

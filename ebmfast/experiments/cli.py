@@ -173,7 +173,7 @@ def _lines(row, experiment: Experiment, models: Models, folders, protocol: Proto
         lines.append(Scored(row.title, "one joint model", {}, note=why))
     paper = _models("paper", folders)
     if paper is not None and all(c in paper.families for c in row.tree.concepts) and paper.shape == models.shape:
-        lines.append(protocol.sampled(row, paper))
+        lines.append(protocol.sampled(row, paper, Settings()))  # what was chosen was chosen for our models
     else:
         lines.append(Scored(row.title, "contrastive divergence", {}, note="not trained: --models paper=DIR"))
     return lines
