@@ -15,7 +15,7 @@ import torch
 
 import ebmfast as ef
 from bench.timing import Variant, compare, quantiles, record
-from ebmfast import energies
+from ebmfast import energies, rng
 from ebmfast._native import core
 from ebmfast.benchmark.peers import DRIFT, NOISE, composed, jax_chain, jax_networks, networks, start, torchebm
 
@@ -158,7 +158,7 @@ def call_overhead() -> None:
     nets, x = networks(2, 64), start(64, 2)
     run = ef.prepare(composed(nets), ef.Langevin(drift=DRIFT, noise=NOISE), shape=(2,), steps=1, energies=False)
     run(x=x, seed=0)
-    chain = run._chains[(2,)]
+    chain = run._chains[(2,), torch.device("cpu")]
     drift, noise = torch.tensor([DRIFT]), torch.tensor([NOISE])
     y, faults, rounds = x.clone(), torch.zeros(64, dtype=torch.int64), 200
 
@@ -197,6 +197,34 @@ def call_overhead() -> None:
             "seconds": times, "threads_used": 1})
 
 
+def metropolis_call(sampler) -> None:
+    """The same with MALA or HMC, and what the general path costs."""
+    expr, x, rounds = composed(networks(2, 64)), start(64, 2), 200
+    run = ef.prepare(expr, sampler, shape=(2,), steps=1, energies=False)
+    run(x=x, seed=0)
+    chain, (drift, noise) = run._chains[(2,), torch.device("cpu")], sampler.coefficients(expr, 1).float32
+    y, faults, (accepted, energy) = x.clone(), torch.zeros(64, dtype=torch.int64), torch.zeros(2, 64)
+    places = {"accepted": accepted.data_ptr(), "energies": energy.data_ptr(), "stream": sampler.stream, "accept_stream": rng.ACCEPT}
+
+    def bare():
+        for _ in range(rounds):
+            chain.run(y, faults, [], drift, noise, None, step=0, seed=0, first_chain=0, **places)
+
+    def whole():
+        for _ in range(rounds):
+            run(x=x, seed=0)
+
+    def general():
+        for _ in range(rounds):
+            run(x=x, seed=0, quick=False)
+
+    times, median = medians([Variant(f.__name__, f, lambda: None) for f in (bare, whole, general)], rounds=15)
+    name = f"a call of a prepared run, {type(sampler).__name__}"
+    record("chain", {"case": name, "dim": 2, "width": 64, "leaves": 4, "chains": 64, "steps": 1},
+           {"microseconds_beyond_arithmetic": (median["whole"] - median["bare"]) / rounds * 1e6,
+            "by_the_general_path": (median["general"] - median["bare"]) / rounds * 1e6, "seconds": times, "threads_used": 1})
+
+
 CASES = {
     "double_well": double_well,
     "and_128": lambda: network_case("AND of 4", 2, 128, 8192, 10),
@@ -207,6 +235,8 @@ CASES = {
     "threads": threads,
     "linearity": linearity,
     "call": call_overhead,
+    "call_mala": lambda: metropolis_call(ef.MALA(0.05)),
+    "call_hmc": lambda: metropolis_call(ef.HMC(0.05, 2)),
 }
 
 

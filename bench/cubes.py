@@ -2,7 +2,8 @@
 
 Cases: an AND of 4 distinct CubesNets, 16 chains: ours as it is, channels_last, bfloat16, compiled; against the eager float32
 NCHW loop. The driver's own time per step is what a step takes beyond the models' forward and backward pass alone. Several
-conditions of one CubesNet against passes one after the other. Stacked parameters against branches for small networks.
+conditions of one CubesNet against passes one after the other, and in the micro-batch that is measured to be fastest. Stacked
+parameters against branches for small networks.
 Rooflines, measured in the same run: float32 and bfloat16 matrix products.
 """
 
@@ -10,7 +11,10 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import tempfile
+import unittest.mock
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,6 +22,7 @@ import torch
 import ebmfast as ef
 from bench import timing
 from bench.timing import Variant, compare, quantiles, record
+from ebmfast import batching
 from ebmfast.models import CubesNet
 from ebmfast.plan import Plan
 
@@ -139,6 +144,37 @@ def conditions(chains: int, size: int, width: int, rounds: int) -> None:
             "one_pass_times_faster": seconds["in turn"]["median"] / seconds["one pass"]["median"]})
 
 
+def micro_batches(chains: int, size: int, width: int, rounds: int, steps: int = 2) -> None:
+    """Four conditions of one CubesNet: `4 * chains` rows in one pass, and the micro-batch that a longer run measures and takes."""
+    (model,) = cubes(1, width)
+    torch.manual_seed(1)
+    x, values = torch.rand(chains, 3, size, size), torch.randn(4, 3)
+    e, sampler = ef.all_of([ef.Concept(model, c.tolist()) for c in values]), ef.Langevin(drift=DRIFT, noise=NOISE)
+    with fresh_measurements():
+        run = ef.prepare(e, sampler, steps=batching.WORTH, energies=False)
+        chosen = run(x=x, seed=0).report.micro_batch
+    (times,) = run.rates.values()
+    tried = {n: 1e3 * t / n for n, t in zip(batching.candidates(chains), times)}
+    whole, part = (ef.prepare(e, sampler, steps=steps, energies=False, batch_size=n) for n in (chains, chosen))
+
+    def check():
+        torch.testing.assert_close(part(x=x, seed=0).x, whole(x=x, seed=0).x, rtol=1e-3, atol=1e-4)
+
+    variants = [Variant("whole", lambda: whole(x=x, seed=0), check), Variant("measured", lambda: part(x=x, seed=0), lambda: None)]
+    median = {k: quantiles(v)["median"] / steps for k, v in compare(variants, rounds=rounds).items()}
+    record("cubes", {"case": "4 conditions of one CubesNet, measured micro-batch", "chains": chains, "size": size, "width": width},
+           {"micro_batch": chosen, "ms_per_chain_as_measured": tried, "ms_per_step": {k: 1e3 * t for k, t in median.items()},
+            "times_faster": median["whole"] / median["measured"]})
+
+
+@contextmanager
+def fresh_measurements():
+    """A cache folder of its own, so that what is to be measured is."""
+    with tempfile.TemporaryDirectory() as folder:
+        with unittest.mock.patch.dict(os.environ, {"EBMFAST_CACHE": folder, "EBMFAST_MEASURE": "1"}):
+            yield
+
+
 def stacks(rounds: int, chains=(16, 256, 4096), dims=(2, 32), count: int = 4) -> None:
     """MLPs that the chain engine is kept from: what planning does for any small network."""
     for n, dim in itertools.product(chains, dims):
@@ -170,10 +206,12 @@ def main() -> None:
         timing.RESULTS = Path(tempfile.mkdtemp())
         distinct(2, 16, 2, 2, options.compile, 32)
         conditions(2, 16, 2, 2)
+        micro_batches(4, 16, 2, 2)
         stacks(2, (3,), (2,))
         return
     distinct(16, 64, 64, 5, options.compile, 2048)
     conditions(16, 64, 64, 5)
+    micro_batches(16, 64, 64, 5)
     stacks(30)
 
 

@@ -259,7 +259,7 @@ void ChainPlan::lay_out() {
     rows_.values = take(nodes), rows_.upstream = take(nodes);
     rows_.conditions = take(condition_rows_), rows_.condition = take(condition_width_), rows_.slopes = take(slope_rows_);
     rows_.ping = take(widest_), rows_.pong = take(widest_), rows_.pairs = take((widest_ + 1) / 2);
-    rows_.faults = take(1), rows_.lanes = take(2), rows_.frozen = take(size_);
+    rows_.faults = take(1), rows_.lanes = take(2), rows_.counters = take(6), rows_.frozen = take(size_);
     if (sampler_.dynamics != ChainDynamics::langevin) {
         rows_.there = take(rows_.padded), rows_.normals = take(rows_.padded);
         rows_.energy = take(2), rows_.accepted = take(1), rows_.warm_up = take(4);

@@ -7,7 +7,14 @@
 namespace ebmfast {
 namespace {
 
+// A tile's chains have the same upper word of their ids: a carry cuts it in two.
 void run(const ChainArgs& a, int64_t first, int count, int vectors, float* scratch) {
+    const uint64_t until_carry = (uint64_t(1) << 32) - uint32_t(a.id.first_chain + uint64_t(first));
+    if (until_carry < uint64_t(count)) {
+        run(a, first, int(until_carry), vectors, scratch);
+        run(a, first + int64_t(until_carry), count - int(until_carry), vectors, scratch);
+        return;
+    }
     if (a.dynamics == ChainDynamics::langevin) {
         vectors == 1 ? Langevin<1>(a, first, count, scratch).run() : Langevin<2>(a, first, count, scratch).run();
     } else {

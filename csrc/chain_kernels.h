@@ -61,7 +61,7 @@ enum NodeCode : int { kLeaf = 0, kSum = 1, kLogSumExp = 2 };
 // each unit's gradient.
 struct ChainRows {
     int64_t padded, x, moved, gradients, combined, energies, weights, values, upstream, conditions, condition, slopes, ping, pong, pairs, faults, lanes,
-        frozen;
+        counters, frozen;
     int64_t there, normals, energy, accepted, warm_up;  // of samplers that accept or reject
     int64_t total;
 };

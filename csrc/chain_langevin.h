@@ -11,7 +11,7 @@ template <int N> class Langevin : public Tile<N> {
     using Rows = typename Base::Rows;
     using Base::a_, Base::any_held_, Base::clip_norm, Base::combine, Base::combined, Base::each, Base::fault, Base::finite_energy, Base::finite_gradient,
         Base::frozen, Base::normals_of_block, Base::program_weights, Base::reverse_pass, Base::row, Base::size_, Base::start,
-        Base::store_rows, Base::swap, Base::T, Base::words;
+        Base::start_noise, Base::store_rows, Base::swap, Base::T, Base::words;
 
 public:
     using Base::Base;
@@ -47,13 +47,13 @@ private:
     // to = clamp(from - drift g + noise z), or from + noise z; elements that are not finite, held or frozen stay. Four rows in which
     // that happens, which is rare, are looked at again.
     template <bool gradient> void move(const float* from, float* to, float drift, float noise, uint32_t step) {
-        const Key key{uint32_t(a_.id.seed), uint32_t(a_.id.seed >> 32)};
+        if (noise != 0.0f) start_noise(step);
         const Move m{from, to, V::set(drift), V::set(noise), V::set(a_.low), V::set(a_.high), noise != 0.0f, gradient && a_.clamps};
         if (gradient && a_.clips_norm) combine(row(a_.rows.combined)), clip_norm(row(a_.rows.combined));
         uint32_t lost[N] = {};
         for (int64_t first = 0; first < size_; first += 4) {
             Rows x, z{};
-            if (m.noisy) normals_of_block(uint32_t(first / 4), step, key, z);  // before anything else takes registers
+            if (m.noisy) normals_of_block(uint32_t(first / 4), z);  // before anything else takes registers
             each([&](int r, int v) { x.v[r][v] = V::load(from + (first + r) * T + v * W); });
             if (gradient) {
                 Rows g;

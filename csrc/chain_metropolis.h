@@ -13,7 +13,7 @@ template <int N> class Metropolis : public Tile<N> {
     using Base = Tile<N>;
     using Rows = typename Base::Rows;
     using Base::a_, Base::clip_norm, Base::combine, Base::count_, Base::each, Base::fault, Base::fill, Base::finite_energy, Base::finite_gradient,
-        Base::first_, Base::frozen, Base::load_rows, Base::normals_of_block, Base::program_weights, Base::row, Base::size_,
+        Base::first_, Base::frozen, Base::keys_, Base::load_rows, Base::normals_of_block, Base::program_weights, Base::row, Base::size_, Base::start_noise,
         Base::start, Base::store_rows, Base::T, Base::words;
 
 public:
@@ -106,10 +106,10 @@ private:
     }
 
     void draw(uint32_t step) {
-        const Key key{uint32_t(a_.id.seed), uint32_t(a_.id.seed >> 32)};
+        start_noise(step);
         for (int64_t first = 0; first < size_; first += 4) {
             Rows z;
-            normals_of_block(uint32_t(first / 4), step, key, z);
+            normals_of_block(uint32_t(first / 4), z);
             each([&](int r, int v) { V::store(z_ + (first + r) * T + v * W, z.v[r][v]); });
         }
         hold_frozen(z_);
@@ -210,11 +210,10 @@ private:
     }
 
     void decide(uint32_t step) {
-        const Key key{uint32_t(a_.id.seed), uint32_t(a_.id.seed >> 32)};
         for (int v = 0; v < N; ++v) {
             const I low = V::load_int(words(a_.rows.lanes) + v * W), high = V::load_int(words(a_.rows.lanes + 1) + v * W);
             const I stream = V::bit_xor(V::bit_and(high, V::set_int(0x0fffffffu)), V::set_int(a_.accept_stream << 28));
-            const Words<V> w = philox<V>(V::set_wide(0), V::set_wide(step), V::widen(low), V::widen(stream), key);
+            const Words<V> w = philox<V>(V::set_wide(0), V::set_wide(step), V::widen(low), V::widen(stream), keys_.of_round[0]);
             const M taken = V::less(V::mul(ratio_[v], V::set(-2.0f)), minus_two_log<V>(uniform<V>(w.w[0])));
             float *accepted = row(a_.rows.accepted) + v * W, *energy = here_.energy + v * W;
             V::store(accepted, V::add(V::load(accepted), V::select(taken, V::set(1.0f), V::set(0.0f))));

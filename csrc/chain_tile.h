@@ -170,7 +170,8 @@ template <int N> class Tile {
 public:
     static constexpr int T = N * W;
 
-    Tile(const ChainArgs& a, int64_t first, int count, float* scratch) : a_(a), first_(first), count_(count), s_(scratch), size_(int(a.size)) {
+    Tile(const ChainArgs& a, int64_t first, int count, float* scratch)
+        : a_(a), first_(first), count_(count), s_(scratch), size_(int(a.size)), keys_({uint32_t(a.id.seed), uint32_t(a.id.seed >> 32)}) {
         load_rows(a.x + first * a.size, a.size, size_, row(a.rows.x));
         for (int64_t i = size_; i < a.rows.padded; ++i) {  // rows that no chain has, so that four can always be moved
             fill(a.rows.x + i, 0.0f);
@@ -541,18 +542,32 @@ protected:
 
     M frozen(int64_t i, int v) { return V::sign(V::load_int(words(a_.rows.frozen + i) + v * W)); }
 
-    // Row r of z: element 4 block + r of every chain.
-    EBMFAST_HD void normals_of_block(uint32_t block, uint32_t step, Key key, Rows& z) {
-        const uint32_t *low = words(a_.rows.lanes), *high = words(a_.rows.lanes + 1);
+    // Philox's counters of a step: they serve all its blocks. A tile's chains have the same upper word.
+    void start_noise(uint32_t step) {
+        const uint32_t* low = words(a_.rows.lanes);
+        for (int v = 0; v < N; ++v) {
+            const ChainCounter<V> c = at_step<V>(V::mul_wide(V::widen(V::load_int(low + v * W)), kMultiply1), step, keys_);
+            V::store_wide(words(a_.rows.counters) + 2 * v * W, c.chain);
+            V::store_wide(words(a_.rows.counters + 2) + 2 * v * W, c.product);
+            V::store_wide(words(a_.rows.counters + 4) + 2 * v * W, c.upper_half);
+        }
+    }
+
+    template <class L> EBMFAST_HD Quad<L> normals_of(uint32_t block, int v) {
+        const int at = 2 * v * W;
+        const ChainCounter<L> c{L::load_wide(words(a_.rows.counters) + at), L::load_wide(words(a_.rows.counters + 2) + at),
+                                L::load_wide(words(a_.rows.counters + 4) + at)};
+        return normals<L>(philox<L>(c, block, words(a_.rows.lanes + 1)[0], keys_));
+    }
+
+    // Row r of z: element 4 block + r of every chain, at the step of start_noise.
+    EBMFAST_HD void normals_of_block(uint32_t block, Rows& z) {
         if constexpr (N == 2 && kPairsOfRegisters) {
-            using P = Twice<V>;
-            const Quad<P> q =
-                normals<P>(philox<P>(P::set_wide(block), P::set_wide(step), P::widen(P::load_int(low)), P::widen(P::load_int(high)), key));
+            const Quad<Twice<V>> q = normals_of<Twice<V>>(block, 0);
             for (int r = 0; r < 4; ++r) z.v[r][0] = q.v[r].a, z.v[r][1] = q.v[r].b;
         } else {
             for (int v = 0; v < N; ++v) {
-                const V::Wide c2 = V::widen(V::load_int(low + v * W)), c3 = V::widen(V::load_int(high + v * W));
-                const Quad<V> q = normals<V>(philox<V>(V::set_wide(block), V::set_wide(step), c2, c3, key));
+                const Quad<V> q = normals_of<V>(block, v);
                 for (int r = 0; r < 4; ++r) z.v[r][v] = q.v[r];
             }
         }
@@ -585,6 +600,7 @@ protected:
     const int count_;
     float* const s_;
     const int size_;
+    const KeySchedule keys_;
     bool any_held_ = false;
 };
 

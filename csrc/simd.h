@@ -54,12 +54,23 @@ struct VectorLane {
     template <int n> static EBMFAST_HD I sar(I a) { return _mm512_srai_epi32(a, n); }
 
     static EBMFAST_HD Wide widen(I a) { return {a, _mm512_srli_epi64(a, 32)}; }
-    static EBMFAST_HD I narrow(Wide a) { return _mm512_mask_blend_epi32(0xAAAA, a.even, _mm512_slli_epi64(a.odd, 32)); }
-    static EBMFAST_HD Wide set_wide(uint32_t v) { return {_mm512_set1_epi64(v), _mm512_set1_epi64(v)}; }
+    static EBMFAST_HD I narrow(Wide a) { return shuffle_into<0xAAAA, _MM_PERM_CCAA>(a.even, a.odd); }
+    static EBMFAST_HD I narrow_high(Wide a) { return shuffle_into<0x5555, _MM_PERM_DDBB>(a.odd, a.even); }
+    template <int lanes, int order> static EBMFAST_HD I shuffle_into(I to, I from) {
+        return _mm512_mask_shuffle_epi32(to, lanes, from, _MM_PERM_ENUM(order));
+    }
+    static EBMFAST_HD Wide set_wide(uint32_t v) { return {set_int(v), set_int(v)}; }
     static EBMFAST_HD Wide mul_wide(Wide a, uint32_t m) {
         return {_mm512_mul_epu32(a.even, _mm512_set1_epi64(m)), _mm512_mul_epu32(a.odd, _mm512_set1_epi64(m))};
     }
     static EBMFAST_HD Wide high(Wide a) { return {_mm512_srli_epi64(a.even, 32), _mm512_srli_epi64(a.odd, 32)}; }
+    static EBMFAST_HD Wide xor_wide(Wide a, Wide b) { return {_mm512_xor_si512(a.even, b.even), _mm512_xor_si512(a.odd, b.odd)}; }
+    static EBMFAST_HD I xor_three(I a, I b, I c) { return _mm512_ternarylogic_epi32(a, b, c, 0x96); }
+    static EBMFAST_HD void store_wide(uint32_t* p, Wide a) {
+        _mm512_storeu_si512(p, a.even);
+        _mm512_storeu_si512(p + 16, a.odd);
+    }
+    static EBMFAST_HD Wide load_wide(const uint32_t* p) { return {load_int(p), load_int(p + 16)}; }
     static EBMFAST_HD Wide xor_wide(Wide a, Wide b, Wide c) {
         return {_mm512_ternarylogic_epi64(a.even, b.even, c.even, 0x96), _mm512_ternarylogic_epi64(a.odd, b.odd, c.odd, 0x96)};
     }
@@ -71,11 +82,13 @@ struct VectorLane {
     static EBMFAST_HD F sub(F a, F b) { return _mm512_sub_ps(a, b); }
     static EBMFAST_HD F sqrt(F a) { return _mm512_sqrt_ps(a); }
     static EBMFAST_HD F from_int(I a) { return _mm512_cvtepi32_ps(a); }
-    static EBMFAST_HD F unit(I a) { return _mm512_mul_ps(_mm512_cvtepu32_ps(a), set(0x1p-32f)); }
+    static EBMFAST_HD F plus_half(I a) { return add(_mm512_cvtepu32_ps(a), set(0.5f)); }
     static EBMFAST_HD F at_least(F lo, F t) { return _mm512_max_ps(lo, t); }
     static EBMFAST_HD F at_most(F hi, F t) { return _mm512_min_ps(hi, t); }
     static EBMFAST_HD M finite(F a) { return _mm512_cmp_ps_mask(_mm512_abs_ps(a), set(__builtin_inff()), _CMP_LT_OQ); }
     static EBMFAST_HD M sign(I a) { return _mm512_movepi32_mask(a); }
+    template <int n> static EBMFAST_HD M bit(I a) { return _mm512_test_epi32_mask(a, set_int(1u << n)); }
+    static EBMFAST_HD F flip_sign(F a, I b) { return as_float(_mm512_ternarylogic_epi32(as_int(a), b, set_int(0x80000000u), 0x78)); }
     static EBMFAST_HD F select(M m, F a, F b) { return _mm512_mask_blend_ps(m, b, a); }
     static EBMFAST_HD uint32_t bits(M m) { return m; }
     static EBMFAST_HD uint32_t not_finite(F a) { return _mm512_fpclass_ps_mask(a, 0x99); }  // quiet and signalling NaN, +inf, -inf
@@ -142,11 +155,19 @@ struct VectorLane {
 
     static EBMFAST_HD Wide widen(I a) { return {a, _mm256_srli_epi64(a, 32)}; }
     static EBMFAST_HD I narrow(Wide a) { return _mm256_blend_epi32(a.even, _mm256_slli_epi64(a.odd, 32), 0xAA); }
-    static EBMFAST_HD Wide set_wide(uint32_t v) { return {_mm256_set1_epi64x(v), _mm256_set1_epi64x(v)}; }
+    static EBMFAST_HD I narrow_high(Wide a) { return _mm256_blend_epi32(_mm256_srli_epi64(a.even, 32), a.odd, 0xAA); }
+    static EBMFAST_HD Wide set_wide(uint32_t v) { return {set_int(v), set_int(v)}; }
     static EBMFAST_HD Wide mul_wide(Wide a, uint32_t m) {
         return {_mm256_mul_epu32(a.even, _mm256_set1_epi64x(m)), _mm256_mul_epu32(a.odd, _mm256_set1_epi64x(m))};
     }
     static EBMFAST_HD Wide high(Wide a) { return {_mm256_srli_epi64(a.even, 32), _mm256_srli_epi64(a.odd, 32)}; }
+    static EBMFAST_HD Wide xor_wide(Wide a, Wide b) { return {_mm256_xor_si256(a.even, b.even), _mm256_xor_si256(a.odd, b.odd)}; }
+    static EBMFAST_HD I xor_three(I a, I b, I c) { return bit_xor(a, bit_xor(b, c)); }
+    static EBMFAST_HD void store_wide(uint32_t* p, Wide a) {
+        store(reinterpret_cast<float*>(p), as_float(a.even));
+        store(reinterpret_cast<float*>(p + 8), as_float(a.odd));
+    }
+    static EBMFAST_HD Wide load_wide(const uint32_t* p) { return {load_int(p), load_int(p + 8)}; }
     static EBMFAST_HD Wide xor_wide(Wide a, Wide b, Wide c) {
         return {_mm256_xor_si256(a.even, _mm256_xor_si256(b.even, c.even)), _mm256_xor_si256(a.odd, _mm256_xor_si256(b.odd, c.odd))};
     }
@@ -158,11 +179,11 @@ struct VectorLane {
     static EBMFAST_HD F sub(F a, F b) { return _mm256_sub_ps(a, b); }
     static EBMFAST_HD F sqrt(F a) { return _mm256_sqrt_ps(a); }
     static EBMFAST_HD F from_int(I a) { return _mm256_cvtepi32_ps(a); }
-    // float(a) 2^-32 from its 16-bit halves, both exact as 2^7 + hi 2^-16 and 2^-9 + lo 2^-32, with one rounding in the last sum.
-    static EBMFAST_HD F unit(I a) {
-        const I high = _mm256_or_si256(_mm256_srli_epi32(a, 16), set_int(0x43000000u));
-        const I low = _mm256_blend_epi16(a, set_int(0x3B000000u), 0xAA);
-        return add(sub(as_float(high), set(0x1p7f + 0x1p-9f)), as_float(low));
+    // float(a) from its 16-bit halves, both exact as 2^39 + 2^16 hi and 2^23 + lo, with one rounding in their sum.
+    static EBMFAST_HD F plus_half(I a) {
+        const I high = _mm256_or_si256(_mm256_srli_epi32(a, 16), set_int(0x53000000u));
+        const I low = _mm256_blend_epi16(a, set_int(0x4B000000u), 0xAA);
+        return add(add(sub(as_float(high), set(0x1p39f + 0x1p23f)), as_float(low)), set(0.5f));
     }
     static EBMFAST_HD F at_least(F lo, F t) { return _mm256_max_ps(lo, t); }
     static EBMFAST_HD F at_most(F hi, F t) { return _mm256_min_ps(hi, t); }
@@ -170,6 +191,8 @@ struct VectorLane {
         return _mm256_cmp_ps(_mm256_andnot_ps(set(-0.0f), a), set(__builtin_inff()), _CMP_LT_OQ);
     }
     static EBMFAST_HD M sign(I a) { return as_float(a); }
+    template <int n> static EBMFAST_HD M bit(I a) { return sign(shl<31 - n>(a)); }
+    static EBMFAST_HD F flip_sign(F a, I b) { return as_float(bit_xor(as_int(a), bit_and(b, set_int(0x80000000u)))); }
     static EBMFAST_HD F select(M m, F a, F b) { return _mm256_blendv_ps(b, a, m); }
     static EBMFAST_HD uint32_t bits(M m) { return uint32_t(_mm256_movemask_ps(m)); }
     static EBMFAST_HD uint32_t not_finite(F a) { return bits(finite(a)) ^ 0xFFu; }
@@ -225,11 +248,21 @@ struct VectorLane {
     static EBMFAST_HD I narrow(Wide a) {
         return _mm_or_si128(_mm_and_si128(a.even, _mm_set1_epi64x(0xFFFFFFFF)), _mm_slli_epi64(a.odd, 32));
     }
-    static EBMFAST_HD Wide set_wide(uint32_t v) { return {_mm_set1_epi64x(v), _mm_set1_epi64x(v)}; }
+    static EBMFAST_HD I narrow_high(Wide a) {
+        return _mm_or_si128(_mm_srli_epi64(a.even, 32), _mm_andnot_si128(_mm_set1_epi64x(0xFFFFFFFF), a.odd));
+    }
+    static EBMFAST_HD Wide set_wide(uint32_t v) { return {set_int(v), set_int(v)}; }
     static EBMFAST_HD Wide mul_wide(Wide a, uint32_t m) {
         return {_mm_mul_epu32(a.even, _mm_set1_epi64x(m)), _mm_mul_epu32(a.odd, _mm_set1_epi64x(m))};
     }
     static EBMFAST_HD Wide high(Wide a) { return {_mm_srli_epi64(a.even, 32), _mm_srli_epi64(a.odd, 32)}; }
+    static EBMFAST_HD Wide xor_wide(Wide a, Wide b) { return {_mm_xor_si128(a.even, b.even), _mm_xor_si128(a.odd, b.odd)}; }
+    static EBMFAST_HD I xor_three(I a, I b, I c) { return bit_xor(a, bit_xor(b, c)); }
+    static EBMFAST_HD void store_wide(uint32_t* p, Wide a) {
+        store(reinterpret_cast<float*>(p), as_float(a.even));
+        store(reinterpret_cast<float*>(p + 4), as_float(a.odd));
+    }
+    static EBMFAST_HD Wide load_wide(const uint32_t* p) { return {load_int(p), load_int(p + 4)}; }
     static EBMFAST_HD Wide xor_wide(Wide a, Wide b, Wide c) {
         return {_mm_xor_si128(a.even, _mm_xor_si128(b.even, c.even)), _mm_xor_si128(a.odd, _mm_xor_si128(b.odd, c.odd))};
     }
@@ -242,15 +275,17 @@ struct VectorLane {
     static EBMFAST_HD F sqrt(F a) { return _mm_sqrt_ps(a); }
     static EBMFAST_HD F from_int(I a) { return _mm_cvtepi32_ps(a); }
     // As for AVX2: exact halves, one rounding.
-    static EBMFAST_HD F unit(I a) {
-        const I high = _mm_or_si128(_mm_srli_epi32(a, 16), set_int(0x43000000u));
-        const I low = _mm_or_si128(_mm_and_si128(a, set_int(0xFFFFu)), set_int(0x3B000000u));
-        return add(sub(as_float(high), set(0x1p7f + 0x1p-9f)), as_float(low));
+    static EBMFAST_HD F plus_half(I a) {
+        const I high = _mm_or_si128(_mm_srli_epi32(a, 16), set_int(0x53000000u));
+        const I low = _mm_or_si128(_mm_and_si128(a, set_int(0xFFFFu)), set_int(0x4B000000u));
+        return add(add(sub(as_float(high), set(0x1p39f + 0x1p23f)), as_float(low)), set(0.5f));
     }
     static EBMFAST_HD F at_least(F lo, F t) { return _mm_max_ps(lo, t); }
     static EBMFAST_HD F at_most(F hi, F t) { return _mm_min_ps(hi, t); }
     static EBMFAST_HD M finite(F a) { return _mm_cmplt_ps(_mm_andnot_ps(set(-0.0f), a), set(__builtin_inff())); }
     static EBMFAST_HD M sign(I a) { return as_float(_mm_srai_epi32(a, 31)); }
+    template <int n> static EBMFAST_HD M bit(I a) { return sign(shl<31 - n>(a)); }
+    static EBMFAST_HD F flip_sign(F a, I b) { return as_float(bit_xor(as_int(a), bit_and(b, set_int(0x80000000u)))); }
     static EBMFAST_HD F select(M m, F a, F b) { return _mm_or_ps(_mm_and_ps(m, a), _mm_andnot_ps(m, b)); }
     static EBMFAST_HD uint32_t bits(M m) { return uint32_t(_mm_movemask_ps(m)); }
     static EBMFAST_HD uint32_t not_finite(F a) { return bits(finite(a)) ^ 0xFu; }
@@ -301,6 +336,10 @@ template <class L> struct Twice {
     static EBMFAST_HD Wide set_wide(uint32_t v) { return {L::set_wide(v), L::set_wide(v)}; }
     static EBMFAST_HD Wide mul_wide(Wide x, uint32_t m) { return {L::mul_wide(x.a, m), L::mul_wide(x.b, m)}; }
     static EBMFAST_HD Wide high(Wide x) { return {L::high(x.a), L::high(x.b)}; }
+    static EBMFAST_HD I narrow_high(Wide x) { return {L::narrow_high(x.a), L::narrow_high(x.b)}; }
+    static EBMFAST_HD I xor_three(I x, I y, I z) { return {L::xor_three(x.a, y.a, z.a), L::xor_three(x.b, y.b, z.b)}; }
+    static EBMFAST_HD Wide load_wide(const uint32_t* p) { return {L::load_wide(p), L::load_wide(p + 2 * L::width)}; }
+    static EBMFAST_HD Wide xor_wide(Wide x, Wide y) { return {L::xor_wide(x.a, y.a), L::xor_wide(x.b, y.b)}; }
     static EBMFAST_HD Wide xor_wide(Wide x, Wide y, Wide z) { return {L::xor_wide(x.a, y.a, z.a), L::xor_wide(x.b, y.b, z.b)}; }
     static EBMFAST_HD I as_int(F x) { return {L::as_int(x.a), L::as_int(x.b)}; }
     static EBMFAST_HD F as_float(I x) { return {L::as_float(x.a), L::as_float(x.b)}; }
@@ -309,9 +348,10 @@ template <class L> struct Twice {
     static EBMFAST_HD F sub(F x, F y) { return {L::sub(x.a, y.a), L::sub(x.b, y.b)}; }
     static EBMFAST_HD F sqrt(F x) { return {L::sqrt(x.a), L::sqrt(x.b)}; }
     static EBMFAST_HD F from_int(I x) { return {L::from_int(x.a), L::from_int(x.b)}; }
-    static EBMFAST_HD F unit(I x) { return {L::unit(x.a), L::unit(x.b)}; }
+    static EBMFAST_HD F plus_half(I x) { return {L::plus_half(x.a), L::plus_half(x.b)}; }
     static EBMFAST_HD F at_most(F hi, F t) { return {L::at_most(hi.a, t.a), L::at_most(hi.b, t.b)}; }
-    static EBMFAST_HD M sign(I x) { return {L::sign(x.a), L::sign(x.b)}; }
+    template <int n> static EBMFAST_HD M bit(I x) { return {L::template bit<n>(x.a), L::template bit<n>(x.b)}; }
+    static EBMFAST_HD F flip_sign(F x, I y) { return {L::flip_sign(x.a, y.a), L::flip_sign(x.b, y.b)}; }
     static EBMFAST_HD F select(M m, F x, F y) { return {L::select(m.a, x.a, y.a), L::select(m.b, x.b, y.b)}; }
 };
 

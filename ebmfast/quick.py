@@ -16,7 +16,9 @@ from torch import Tensor
 from . import rng
 from ._native import core
 from .chain import Chain
+from .driver import CHECK_EVERY
 from .samplers.langevin import ChainKernel
+from .samplers.metropolis import Metropolis
 from .state import Result, SampleState
 
 _CPU = torch.device("cpu")
@@ -30,14 +32,21 @@ class QuickCall:
         self._coefficients = run.sampler.coefficients(run.plan.expression, steps)
         self._drift, self._noise = self._coefficients.float32
         self._slots = run.plan.expression.slots
+        self._metropolis = isinstance(run.sampler, Metropolis)
         # Longer calls have to listen for Ctrl-C on the way.
         self._most = chain.steps_within(ChainKernel.PATIENCE, 1) // max(steps, 1)
 
     @staticmethod
-    def fits(run, chain: Chain | None) -> bool:
-        """Whether calls of `run` can be quick ones."""
+    def fits(run, chain: Chain | None, steps: int) -> bool:
+        """Whether calls of `run` with `steps` steps can be quick ones.
+
+        Where a sampler knows energies, a call that is long enough for a chain to run away is watched, and one that warms up
+        has two parts: both are for the general path.
+        """
         sampler = run.sampler
-        return type(chain) is Chain and sampler.fixed_schedule and not sampler.needs_energies and sampler.noise_levels() is None
+        if isinstance(sampler, Metropolis) and (sampler.warmup is not None or not 0 < steps <= CHECK_EVERY):
+            return False
+        return type(chain) is Chain and sampler.fixed_schedule and sampler.noise_levels() is None
 
     def __call__(self, n: int | None, seed, conditions: Mapping | None, x: Tensor, first_chain: int) -> Result | None:
         """The result, or None where the general path has to look at the arguments."""
@@ -58,7 +67,9 @@ class QuickCall:
                 return None
             seed = rng.resolve_seed(seed)
             began = time.perf_counter()
-            fine = chain.run(out, faults, rows_of, self._drift, self._noise, None, step=0, seed=seed, first_chain=first_chain)
+            accepted, more = self._decisions(rows) if self._metropolis else (None, {})
+            fine = chain.run(
+                out, faults, rows_of, self._drift, self._noise, None, step=0, seed=seed, first_chain=first_chain, **more)
             energy, leaf_energies = self._energies(out, rows_of) if fine and self._run.energies else (None, None)
         if not fine or (energy is not None and not core.all_finite(leaf_energies.data_ptr(), leaf_energies.numel())):
             return self._run(rows, seed, steps=self._steps, conditions=conditions, x=x, first_chain=first_chain, quick=False)
@@ -74,7 +85,14 @@ class QuickCall:
                 backend="cpu", info=info, engine="chain", device=_CPU, dtype=torch.float32, seed=seed, first_chain=first_chain,
                 chains=rows, steps=self._steps, batch=rows, seconds=seconds, coefficients=self._coefficients, faults=())
 
-        return Result(out, energy, leaf_energies, None, state, report)
+        acceptance = None if accepted is None else accepted[0] / self._steps
+        return Result(out, energy, leaf_energies, None, state, report, acceptance)
+
+    def _decisions(self, rows: int) -> tuple[Tensor, dict]:
+        """Rows for the number of proposals accepted and for energies, and what the engine has to know of them."""
+        results = torch.zeros(2, rows, device=_CPU)
+        at = results.data_ptr()
+        return results, {"accepted": at, "energies": at + 4 * rows, "stream": self._run.sampler.stream, "accept_stream": rng.ACCEPT}
 
     def _conditions(self, conditions: Mapping | None, rows: int) -> list[Tensor] | None:
         if not self._slots:

@@ -239,7 +239,7 @@ class Run:
         report.halved_from = chains.halved_from
         report.captured = bool(chains.captured) and all(chains.captured)
         report.uncaptured = None if report.captured or call.device.type not in GRAPHS else chains.uncaptured
-        if resume is None and QuickCall.fits(self, chain):
+        if resume is None and QuickCall.fits(self, chain, call.target):
             self._quick[call.target] = QuickCall(self, chain, call.shape, call.target)
         return Result(chains.x, energy, leaf_energies, chains.trace_result(), chains.state(), report, chains.acceptance(),
                       chains.branch, chains.step_size())

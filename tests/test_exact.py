@@ -102,6 +102,58 @@ def test_order_of_the_invariant_law(make, order, monkeypatch):
     assert 0.8 * 2 ** (order + 1) < errors[0] / errors[1] < 1.25 * 2 ** (order + 1), errors
 
 
+MASS, HEAT = 1.7, 0.8
+
+
+def refreshed(e, h, u, z, monkeypatch):
+    """One BAOAB step in the limit of high friction, where every step forgets the momentum: with p = √(mT) z after it was drawn,
+    u = x - (h/2m) √(mT) z is a Markov chain of its own, driven by z. u after the step, for pairs of u and z."""
+    spread = math.sqrt(MASS * HEAT)
+    x = u + h / (2 * MASS) * spread * z
+    momentum = spread * z - h / 2 * e.gradient(x[:, None])[:, 0]  # where a step ends
+    monkeypatch.setattr(rng, "normal", lambda shape, n, **_: torch.ones(n, *shape))
+    options = dict(sampler=ef.BAOAB(h, friction=100 / h, mass=MASS, temperature=HEAT), backend="reference", energies=False)
+    state = ef.sample(e, x=x[:, None], steps=0, seed=0, **options).state
+    state = ef.sample(e, resume=dataclasses.replace(state, extra={"momentum": momentum[:, None]}), steps=1, **options).state
+    after, p = state.x[:, 0], state.extra["momentum"][:, 0]
+    torch.testing.assert_close(p, spread - h / 2 * e.gradient(state.x)[:, 0])
+    return after - h / (2 * MASS) * spread
+
+
+def test_baoab_is_of_fourth_order_at_high_friction(monkeypatch):
+    """The stationary law of positions, by linear algebra: on a circle P e^{iku} is a Fourier series, whose coefficients make one
+    row of the matrix that the law's own coefficients are a fixed point of. The bias falls as h⁴ (Leimkuhler and Matthews 2013),
+    where it falls as h² at any friction that is held."""
+    e = ef.Concept(lambda x: (torch.cos(x) + torch.sin(2 * x) / 2).sum(1), name="circle")
+    n, (z, w) = 96, gauss_hermite(40)
+    u = torch.arange(n, dtype=torch.float64) * (2 * math.pi / n)
+    at_u, at_z = (v.flatten() for v in torch.meshgrid(u, z, indexing="ij"))
+    exact = (torch.softmax(-e.energy(u[:, None]) / HEAT, 0) * u.cos()).sum()
+    frequencies = torch.arange(-n // 4, n // 4 + 1)
+    errors = []
+    for h in (0.8, 0.4):
+        after = refreshed(e, h, at_u, at_z, monkeypatch).reshape(n, -1)
+        rows = torch.exp(1j * frequencies[:, None, None] * after) @ w.to(torch.complex128)
+        matrix = torch.fft.fft(rows, dim=1)[:, frequencies] / n
+        zero = len(frequencies) // 2
+        others = [k for k in range(len(frequencies)) if k != zero]
+        law = torch.linalg.solve(torch.eye(len(others)) - matrix[others][:, others], matrix[others, zero])  # the zeroth is 1
+        spread = h / 2 * math.sqrt(HEAT / MASS)  # of x about u
+        errors.append((law[others.index(zero + 1)].real * math.exp(-(spread**2) / 2) - exact).abs().item())
+    assert errors[1] > 1e-6, "the float32 noise must not matter"
+    assert 0.8 * 16 < errors[0] / errors[1] < 1.25 * 16, errors
+
+
+def test_baoab_is_exact_for_a_harmonic_energy_at_high_friction(monkeypatch):
+    """u after a step is a u + b z, so its variance is b²/(1 - a²); that of x must be T/k at any stable step."""
+    k, one = 2.3, torch.tensor([1.0, 0.0], dtype=torch.float64)
+    e = ef.Concept(lambda x: k * x.square().sum(1) / 2, name="harmonic")
+    for h in (0.3, 1.0, 1.6):
+        a, b = refreshed(e, h, one, one.flip(0), monkeypatch).tolist()
+        variance = b * b / (1 - a * a) + h * h * HEAT / (4 * MASS)
+        assert variance == pytest.approx(HEAT / k, rel=1e-6)
+
+
 INNER = {"mala": ef.MALA, "hmc": ef.HMC(n_leapfrog_steps=2), "baoab": ef.BAOAB(friction=0.8)}
 
 

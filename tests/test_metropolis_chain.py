@@ -182,3 +182,29 @@ def test_explain_and_what_stays_in_the_step_engine():
         ef.sample(e, n=2, shape=(2,), sampler=ef.BAOAB(0.1), steps=1, engine="chain")
     annealed = ef.Annealed([1.0], inner=ef.MALA)
     assert ef.sample(e, n=2, shape=(2,), sampler=annealed, seed=0).report.engine == "step"
+
+
+@pytest.mark.parametrize("name", ["mala", "mala_schedule", "mala_bounds", "hmc_mass"])
+def test_quick_calls_equal_the_general_path(name):
+    sampler, x, c = SAMPLERS[name], torch.rand(37, 3), {"c": torch.randn(37, 2)}
+    run = ef.prepare(mixed(slot=True), sampler, shape=(3,), steps=6)
+    general = run(x=x, seed=3, conditions=c, first_chain=2)
+    quick = run._quick[6](None, 3, c, x, 2)
+    for field in ("x", "energy", "leaf_energies", "acceptance"):
+        assert same_bits(getattr(quick, field), getattr(general, field)), field
+    assert len(quick.acceptance.unique()) > 1 and quick.step_size is None
+    assert vars(quick.report) | {"seconds": 0} == vars(general.report) | {"seconds": 0}
+    if "schedule" not in name:  # which has no more steps
+        more, other = (ef.sample(mixed(slot=True), resume=r.state, sampler=sampler, steps=2) for r in (quick, general))
+        assert same_bits(more.x, other.x)
+
+
+def test_calls_that_are_watched_or_warm_up_are_not_quick():
+    e = ef.Concept(E.DoubleWell(), name="well")
+    for sampler, steps in ((ef.MALA(0.1), 17), (ef.HMC(0.1, 2, warmup=WARM), 5), (ef.MALA(0.1), 0), (ef.MALA(lambda t: 0.1), 2)):
+        run = ef.prepare(e, sampler, shape=(2,), steps=steps)
+        assert run(x=torch.zeros(3, 2), seed=0).x.shape == (3, 2) and not run._quick
+    run = ef.prepare(e, ef.MALA(0.1), shape=(2,), steps=16)
+    run(x=torch.zeros(3, 2), seed=0)
+    with pytest.raises(ef.NonFiniteError, match="from the concept well"):
+        run(x=torch.full((3, 2), 1e20), seed=0)

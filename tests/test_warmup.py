@@ -1,11 +1,13 @@
 """Dual averaging: acceptances reach their target, chains adapt alone, and what they learnt is state."""
 
+import dataclasses
 import math
+import signal
 
 import pytest
 import torch
 from conftest import same_bits
-from models import ConditionalQuadratic, gaussian
+from models import ConditionalQuadratic, NoisedGaussian, gaussian
 
 import ebmfast as ef
 
@@ -109,11 +111,62 @@ def test_without_a_warm_up_there_is_nothing_to_see():
     assert r.step_size is None and r.state.extra == {}
 
 
+def annealed(name, sigmas, per_level, warmup, drift=0.3, **options):
+    inner = dataclasses.replace(SAMPLERS[name](None, warmup), step_size=None)
+    return ef.Annealed(sigmas, per_level, drift=drift, inner=inner, **options)
+
+
+@pytest.mark.parametrize("drift", [1e-3, 30.0])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_level_adapts_and_the_last_one_s_law_is_exact(name, drift):
+    """Two noised N(±1, s²) multiply to a Gaussian of variance (s² + σ²)/2, not in proportion to σ²: the step sizes found are those
+    of the last level alone."""
+    family, sigma = ef.Family(NoisedGaussian(std=0.5), "g"), 0.3
+    e, v, n = family(-1.0) & family(1.0), (0.25 + sigma**2) / 2, 300
+    r = draw(e, annealed(name, [2.0, sigma], 220, 150, drift, denoise=False), None, n=n)
+    target = {"mala": 0.574, "hmc": 0.8}[name]
+    assert -0.05 < r.acceptance.mean().item() - target < 0.16, r.acceptance.mean()
+    assert ((r.x.double().square().mean(0) / v - 1).abs() < 5 * math.sqrt(2 / n)).all()
+    assert (r.state.extra["warmup"][:, 3] == 150).all()
+    alone = draw(e, annealed(name, [sigma], 220, 150, drift, denoise=False), None, n=n)
+    torch.testing.assert_close(r.step_size.log().mean(), alone.step_size.log().mean(), rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_nothing_of_a_level_s_warm_up_reaches_the_next(name):
+    """A chain that is put at the narrow level with nothing learnt goes on as one that came from the wide level."""
+    family, options = ef.Family(NoisedGaussian(std=0.1), "g"), dict(per_level=6, warmup=4, denoise=False)
+    whole = draw(family(0.5), annealed(name, [2.0, 0.5], **options), None, n=50)
+    begun = draw(family(0.5), annealed(name, [2.0], **options), None, n=50)
+    state = dataclasses.replace(begun.state, target=12, extra={"warmup": torch.zeros(50, 4)})
+    rest = ef.sample(family(0.5), resume=state, energies=False, sampler=annealed(name, [0.5, 0.5], **options))
+    assert same_bits(rest.x, whole.x) and same_bits(rest.step_size, whole.step_size) and begun.step_size.unique().numel() > 1
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("at", [3, 5, 6, 8, 13], ids=["adapts", "frozen", "between levels", "adapts again", "denoises next"])
+def test_an_interrupted_walk_with_warm_ups_goes_on(name, at):
+    e, sampler = ef.Family(NoisedGaussian(std=0.3), "g")(0.5), annealed(name, [2.0, 0.5], 6, 4)
+    whole = draw(e, sampler, None, n=20, batch_size=7, trace=5)
+
+    def interrupt(info):
+        if info.step == min(at, 12) and info.first_chain == 7:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(ef.Interrupted) as stopped:
+        draw(e, sampler, None, n=20, batch_size=7, callback=interrupt)
+    rest = ef.sample(e, resume=stopped.value.state, sampler=sampler, batch_size=7, energies=False)
+    assert same_bits(rest.x, whole.x) and same_bits(rest.step_size, whole.step_size)
+    assert whole.trace.steps.tolist() == [5, 10] and whole.trace.energy.isfinite().all()
+    before = draw(e, dataclasses.replace(sampler, denoise=False), None, n=20)
+    assert same_bits(before.step_size, whole.step_size), "the last step has a drift that is not the sampler's"
+
+
 @pytest.mark.parametrize(("make", "message"), [
     (lambda: ef.DualAveraging(0), "`steps` of a warm-up must be a positive integer, got 0"),
     (lambda: ef.DualAveraging(10, 1.0), "`target` must be an acceptance between 0 and 1, got 1.0"),
     (lambda: ef.DualAveraging(10, kappa=0.5), "0.5 < kappa"),
-    (lambda: ef.Annealed([1.0], inner=ef.MALA(warmup=ef.DualAveraging(9))), "`inner` must not have a warm-up"),
+    (lambda: ef.Annealed([1.0], 9, inner=ef.MALA(warmup=ef.DualAveraging(9))), "must be shorter than a level of 9 steps, got 9"),
 ])
 def test_bad_arguments(make, message):
     with pytest.raises(ValueError, match=message):

@@ -38,19 +38,24 @@ class Annealed(Dynamics):
       One step of HMC is a whole trajectory. BAOAB carries its momentum from level to level, and its friction is in units
       of 1/σ, so that a step forgets as much at every level.
 
-    MALA and HMC accept and reject at the level's own energies. With `denoise`, one last step without noise and drift
-    σ²/M, never rejected: Tweedie's formula, exact for one noised density, a heuristic for compositions.
+    MALA and HMC accept and reject at the level's own energies. With a `warmup`, a chain finds its step size anew at every
+    level, beginning with the one above, in the level's first `warmup.steps` steps, and keeps it for the rest of the level: laws
+    differ between levels in more than their scale. The steps after it leave the level's law invariant, so a run ends on the last
+    level's; results show the acceptance and step sizes found there. (Tuning anew for each tempered law: Buchholz, Chopin and
+    Jacob, Bayesian Analysis 2021.) With `denoise`, one last step without noise and drift σ²/M, never rejected: Tweedie's
+    formula, exact for one noised density, a heuristic for compositions.
 
     Args:
         sigmas: noise levels in the order they are visited, positive, usually geometric and falling.
         steps_per_level: steps at each level.
         drift: step size as a fraction of σ².
         inner: `Langevin`, `MALA`, `HMC` or `BAOAB`, or an instance without a step size that carries the options:
-            `temperature` (a number), clips, `clamp` or `bounds`, `n_leapfrog_steps`, `mass`, `friction`.
+            `temperature` (a number), clips, `clamp` or `bounds`, `n_leapfrog_steps`, `mass`, `friction`, `warmup` (of fewer steps
+            than a level has).
         denoise: whether the last noise-free step is taken.
 
     Raises:
-        ValueError: no levels, a level that is not positive, or an `inner` with step sizes of its own.
+        ValueError: no levels, a level that is not positive, an `inner` with step sizes of its own, or a warm-up as long as a level.
     """
 
     sigmas: Sequence[float]
@@ -72,8 +77,10 @@ class Annealed(Dynamics):
         inner = self.inner() if isinstance(self.inner, type) else self.inner
         if inner.step_size is not None or getattr(inner, "drift", None) is not None:
             raise ValueError("`inner` must not have step sizes: Annealed sets them at every level")
-        if getattr(inner, "warmup", None) is not None:
-            raise ValueError("`inner` must not have a warm-up: Annealed sets step sizes, and its levels have no time to adapt them")
+        warmup = getattr(inner, "warmup", None)
+        if warmup is not None and warmup.steps >= self.steps_per_level:
+            raise ValueError(
+                f"the warm-up of `inner` must be shorter than a level of {self.steps_per_level} steps, got {warmup.steps}")
         heat = inner.temperature
         if not isinstance(heat, (int, float)):
             raise ValueError(f"`temperature` inside Annealed must be a number, got {heat!r}")
@@ -121,6 +128,11 @@ class Annealed(Dynamics):
     def carry(self, x, backend, **where):
         """What `inner` carries, where chains begin."""
         return self.inner.carry(x, backend, **where)
+
+    def step_sizes(self, carried, coefficients: Coefficients) -> torch.Tensor | None:
+        """Step sizes that chains adapted at the last level, `[n]`; None where they did not."""
+        drift, noise, sigma = (v[:-1] if self.denoise else v for v in (coefficients.drift, coefficients.noise, coefficients.sigma))
+        return self.inner.step_sizes(carried, Coefficients(drift, noise, sigma))
 
     def noise_levels(self) -> tuple[float, ...]:
         """Noise levels at which energies are taken."""

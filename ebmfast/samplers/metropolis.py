@@ -88,7 +88,7 @@ class MetropolisKernel(StepByStep):
         return getattr(self.evaluator, "replays", False)
 
     def acceptance(self) -> torch.Tensor:
-        """The share of proposals that each chain accepted since `init`, or since the warm-up ended, `[B]`."""
+        """The share of proposals that each chain accepted since `init`, or since a warm-up last ended, `[B]`."""
         return self._accepted / max(self._proposed, 1)
 
     def catch_up(self, state: LangevinState, row: int, step: int) -> None:
@@ -103,6 +103,9 @@ class MetropolisKernel(StepByStep):
         x, t, faults, carried = state
         i = t - self.start
         drift, noise, sigma = self.coefficients.drift[i], self.coefficients.noise[i], self.coefficients.sigma[i]
+        if self.sampler.warmup is not None and i > 0 and sigma != self.coefficients.sigma[i - 1]:
+            carried["warmup"].zero_()  # a level of its own scale
+            self._rescale(carried)
         if self._point is None or sigma != self._sigma:
             self._sigma = sigma
             self._point = self._target(x, t, faults).copy()
