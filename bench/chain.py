@@ -1,7 +1,8 @@
 """`python -m bench.chain [CASE ...]`: the chain engine against its peers, one core unless the case says more.
 
-Peers: the eager loop, that loop with its step under torch.compile, torchebm, and JAX (jit + scan) in two forms. Every variant is checked
-before it is timed: ours against the reference backend, peers by noise-free steps that must land where ours do; compiling is not timed.
+Peers: the eager loop, that loop with its step under torch.compile, torchebm, and JAX (jit + scan) in two forms. Every variant is
+checked before it is timed: ours against the reference backend, peers by noise-free steps that must land where ours do. Compiling is
+not timed.
 Flops count the products of matrices alone: 4 per weight, chain, leaf and step.
 """
 
@@ -65,7 +66,8 @@ def medians(variants, rounds: int) -> tuple[dict, dict]:
     return times, {name: t["median"] for name, t in times.items()}
 
 
-def against(case: dict, own: dict, energy, expr, x: torch.Tensor, steps: int, jax_forms, rounds: int, more=lambda median: {}) -> None:
+def against(case: dict, own: dict, energy, expr, x: torch.Tensor, steps: int, jax_forms, rounds: int,
+            more=lambda median: {}) -> None:
     """Our variants and every peer that is here, in turns; `jax_forms()` gives energies in jax.numpy, `more` further figures."""
     given = energy, expr, x, steps
     makers = {**own, "eager": lambda: peers.eager(*given), "torch.compile": lambda: peers.compiled(*given),

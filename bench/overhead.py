@@ -97,7 +97,8 @@ def makers() -> dict:
             leaf = x.detach().requires_grad_()
             torch.autograd.grad(energy(leaf), leaf, ones)
 
-    return {"model alone": lambda: Variant("", model_alone, lambda: None), "ebmfast": lambda: checked(lambda s: run(x=s, seed=0).x, x),
+    return {"model alone": lambda: Variant("", model_alone, lambda: None),
+            "ebmfast": lambda: checked(lambda s: run(x=s, seed=0).x, x),
             "eager": lambda: checked(eager, x), "torch.compile": lambda: checked(compiled(), x),
             "torchebm": lambda: checked(torchebm(), x), "jax": lambda: jax_variant(x)}
 

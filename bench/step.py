@@ -1,4 +1,4 @@
-"""`python -m bench.step`: the fused step, K = 4, 16 M elements, against copy bandwidth, eager torch, torch.compile and JAX under jit.
+"""`python -m bench.step`: the fused step, K = 4, 16 M elements, against copy bandwidth, eager torch, torch.compile and JAX.
 
 torchebm has no step of its own to time apart from its sampler: `bench.overhead` and `bench.chain` have it.
 """
@@ -49,7 +49,7 @@ class Case:
         off, error = (moved - expected)[inside], 5 / int(inside.sum()) ** 0.5
         ratio = float(off.std()) / self.noise
         if not (abs(float(off.mean())) < error * self.noise and abs(ratio - 1) < error and float(moved.abs().max()) <= CLAMP[1]):
-            raise AssertionError(f"noise is off by {float(off.mean()):.3g} on average, its standard deviation is {ratio:.4f} of its own")
+            raise AssertionError(f"noise is off by {float(off.mean()):.3g}, its standard deviation is {ratio:.4f} of what it is")
 
     def move(self, x: torch.Tensor, gradients: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         total = weights[0] * gradients[0].float()

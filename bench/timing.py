@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from ebmfast.benchmark.timing import Variant, append, compare, copy_bandwidth, machine, quantiles, sound
 
 __all__ = ["Variant", "compare", "copy_bandwidth", "fastest", "quantiles", "record", "sound"]
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("EBMFAST_RESULTS") or Path(__file__).parent / "results")
 
 
 def record(bench: str, case: dict[str, object], results: dict[str, object]) -> None:
