@@ -106,14 +106,15 @@ def picture(results, path: Path) -> bool:
         bars = [(top + [p for p in PEERS if p in r].index(peer), r[peer]) for top, (_, _, r) in zip(tops, found) if peer in r]
         drawn = axis.barh([y for y, _ in bars], [v - 1 for _, v in bars], 0.9, left=1, label=name_of(peer), color=COLORS[peer])
         for bar, (_, value) in zip(drawn, bars):
-            axis.text(max(value, 1) * 1.03, bar.get_y() + 0.45, f"{value:.1f}", fontsize=7.5, va="center")
+            side = {"x": 1.03 * value, "ha": "left"} if value >= 1 else {"x": value / 1.03, "ha": "right"}
+            axis.text(**side, y=bar.get_y() + 0.45, s=f"{value:.1f}" if value >= 1 else f"{value:.2f}", fontsize=7.5, va="center")
     axis.axvline(1, color="black", linewidth=1.5, label="ebmfast")
     axis.set_yticks([top + (n - 1) / 2 for top, n in zip(tops, counts)], [_wrapped(name) for name, _, _ in found], fontsize=8)
     axis.tick_params(axis="y", length=0)
-    axis.invert_yaxis()
+    axis.set_ylim(tops[-1] + counts[-1], -1)
     values = [v for _, _, r in found for v in r.values()]
     axis.set_xscale("log")
-    axis.set_xlim(min(0.8, 0.8 * min(values)), 1.4 * max(values))
+    axis.set_xlim(min(0.8, 0.7 * min(values)), 1.4 * max(values))
     marks = [v for v in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200) if axis.get_xlim()[0] <= v <= axis.get_xlim()[1]]
     axis.set_xticks(marks, [f"{v:g}x" for v in marks])
     axis.minorticks_off()
@@ -121,8 +122,8 @@ def picture(results, path: Path) -> bool:
     axis.set_axisbelow(True)
     axis.spines[["top", "right", "left"]].set_visible(False)
     axis.set_xlabel("time of the others over ebmfast's: right of the line, ebmfast is faster", fontsize=9)
-    figure.suptitle("How many times as long the same chains take elsewhere", fontsize=11, fontweight="bold")
-    axis.set_title(f"{machine(last)}, {last['time'][:10]}; again with: make bench report", fontsize=8.5)
+    figure.suptitle(f"How many times as long the same chains take elsewhere\n{machine(last)}, {last['time'][:10]};"
+                    " again with: make bench report", fontsize=10)
     figure.legend(loc="outside lower center", ncols=len(shown) + 1, fontsize=8.5, frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
