@@ -20,7 +20,8 @@ SUITE = ROOT / "bench" / "suite"
 
 def install(base: str) -> Path:
     """The Python of commit `base`, checked out and installed under build/compare; a clone, as a worktree outlives its folder."""
-    named = subprocess.run(["git", "rev-parse", "--verify", "--quiet", f"{base}^{{commit}}"], cwd=ROOT, capture_output=True, text=True)
+    command = ["git", "rev-parse", "--verify", "--quiet", f"{base}^{{commit}}"]
+    named = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if named.returncode:
         raise SystemExit(f"`BASE` must name a commit, got {base!r}")
     commit = named.stdout.strip()
