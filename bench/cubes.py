@@ -87,7 +87,7 @@ def torchebm_step(models, conditions):
 
     class Model(BaseModel):
         def forward(self, x):
-            return sum(m(x, c) for m, c in zip(models, conditions))
+            return sum(m(x, c) for m, c in zip(models, conditions)).flatten()  # it takes [B] alone
 
     model = Model()
     return lambda x, drift, noise: LangevinDynamics(model, step_size=drift, noise_scale=noise / (2 * drift) ** 0.5).sample(

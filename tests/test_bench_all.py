@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import bench.__main__ as everything
-from bench import lines, metropolis, overhead, plots, quality, quality_methods, scaling, step, timing
+from bench import cubes, lines, metropolis, overhead, plots, quality, quality_methods, scaling, step, timing
 from bench.timing import Variant, fastest, sound
 
 ROOT = Path(__file__).parents[1]
@@ -148,3 +148,15 @@ def test_results_are_json_with_their_machine(results, capsys):
     timing.record("x", {"case": "c"}, {"figure": 1})
     (entry,) = (json.loads(text) for text in (results / "x.jsonl").read_text().splitlines())
     assert entry["case"] == "c" and entry["device"] and entry["torch"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchebm") is None, reason="needs torchebm, from the extra ebmfast[test]")
+def test_torchebm_steps_pictures_as_we_do():
+    models = cubes.cubes(2, 2)
+    x, rows = torch.rand(2, 3, 16, 16), [torch.randn(2, 3) for _ in models]
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(sum(m(leaf, c) for m, c in zip(models, rows)).sum(), leaf)
+    unit = float(1 / gradient.abs().max())
+    cubes.peer_makers(models, rows, x, gradient, unit)["torchebm"]().check()
+    with pytest.raises(AssertionError, match="moves differ"):
+        cubes.peer_makers(models, rows, x, 1.01 * gradient, unit)["torchebm"]().check()
