@@ -1,7 +1,9 @@
-"""`python -m bench.chain [CASE ...]`: the chain engine against torchebm and JAX (jit + scan), one core unless the case says more.
+"""`python -m bench.chain [CASE ...]`: the chain engine against its peers, one core unless the case says more.
 
-Every variant is checked before it is timed: ours against the reference backend, peers by noise-free steps that must land
-where ours do. Flops count the products of matrices alone: 4 per weight, chain, leaf and step.
+Peers: the eager loop, that loop with its step under torch.compile, torchebm, and JAX (jit + scan) in two forms. Every variant is
+checked before it is timed: ours against the reference backend, peers by noise-free steps that must land where ours do. Compiling is
+not timed.
+Flops count the products of matrices alone: 4 per weight, chain, leaf and step.
 """
 
 from __future__ import annotations
@@ -14,10 +16,11 @@ from contextlib import contextmanager
 import torch
 
 import ebmfast as ef
-from bench.timing import Variant, compare, quantiles, record
+from bench.timing import Variant, compare, fastest, quantiles, record, sound
 from ebmfast import energies, rng
 from ebmfast._native import core
-from ebmfast.benchmark.peers import DRIFT, NOISE, composed, jax_chain, jax_networks, networks, start, torchebm
+from ebmfast.benchmark import peers
+from ebmfast.benchmark.peers import DRIFT, NOISE, composed, networks, start
 
 PEAK_ROUNDS = 20_000_000
 CORES = os.sched_getaffinity(0)
@@ -63,52 +66,55 @@ def medians(variants, rounds: int) -> tuple[dict, dict]:
     return times, {name: t["median"] for name, t in times.items()}
 
 
-def ratios(median: dict) -> dict:
-    """Each peer's time over ours; JAX in the faster of its two forms."""
-    found = {f"ratio_to_{name}": t / median["ebmfast"] for name, t in median.items() if name not in ("ebmfast", "fma_peak")}
-    forms = [v for k, v in found.items() if k.startswith("ratio_to_jax")]
-    return found | ({"ratio_to_jax_best": min(forms)} if forms else {})
+def against(case: dict, own: dict, energy, expr, x: torch.Tensor, steps: int, jax_forms, rounds: int,
+            more=lambda median: {}) -> None:
+    """Our variants and every peer that is here, in turns; `jax_forms()` gives energies in jax.numpy, `more` further figures."""
+    given = energy, expr, x, steps
+    makers = {**own, "eager": lambda: peers.eager(*given), "torch.compile": lambda: peers.compiled(*given),
+              "torchebm": lambda: peers.torchebm(*given), "jax": lambda: peers.jax_chain(jax_forms()[0], *given[1:])}
+    if len(own) > 1 or "fma_peak" in own:  # networks: stacked as well
+        makers["jax_stacked"] = lambda: peers.jax_chain(jax_forms()[1], *given[1:])
+    found, trouble = sound(makers, tuple(own))
+    times, median = medians(found, rounds)
+    best = {name: t["median"] for name, t in fastest(times, "jax").items()}
+    ratios = {f"ratio_to_{name}": best[name] / median["ebmfast"] for name in best if name not in own}
+    record("chain", case, {"seconds": times, **ratios, **more(median), "threads_used": 1, "not_timed": trouble})
 
 
 def double_well() -> None:
-    import jax.numpy as jnp
-
-    x, steps = start(4096, 32), 1000
-    well = energies.DoubleWell()
+    x, steps, well = start(4096, 32), 1000, energies.DoubleWell()
     expr = ef.Concept(well)
-    times, median = medians([
-        ours(expr, x, steps), torchebm(well, expr, x, steps),
-        jax_chain(lambda y: 2.0 * jnp.square(jnp.square(y) - 1).sum(-1), expr, x, steps)], rounds=7)
-    per_value = median["ebmfast"] / (x.numel() * steps) * 1e9
-    record("chain", {"case": "double well", "chains": 4096, "dim": 32, "steps": steps},
-           {"seconds": times, **ratios(median), "ns_per_value_and_step": per_value, "threads_used": 1})
+
+    def forms():
+        import jax.numpy as jnp
+        return [lambda y: 2.0 * jnp.square(jnp.square(y) - 1).sum(-1)]
+
+    against({"case": "double well", "chains": 4096, "dim": 32, "steps": steps}, {"ebmfast": lambda: ours(expr, x, steps)},
+            well, expr, x, steps, forms, 5, lambda median: {"ns_per_value_and_step": median["ebmfast"] / (x.numel() * steps) * 1e9})
 
 
-def network_case(name: str, dim: int, width: int, chains: int, steps: int, rounds: int = 7) -> None:
+def network_case(name: str, dim: int, width: int, chains: int, steps: int, rounds: int = 5) -> None:
     nets, x = networks(dim, width), start(chains, dim)
     expr = composed(nets)
-    flat, stacked = jax_networks(nets)
-    times, median = medians([
-        ours(expr, x, steps), torchebm(lambda y: sum(net(y) for net in nets), expr, x, steps),
-        jax_chain(flat, expr, x, steps), jax_chain(stacked, expr, x, steps, "jax_stacked"), peak()], rounds=rounds)
     flops = 4.0 * len(nets) * chains * steps * (dim * width + width * width)
-    roofline = core.multiply_adds(1) * PEAK_ROUNDS / median["fma_peak"]
-    record("chain", {"case": name, "dim": dim, "width": width, "leaves": len(nets), "chains": chains, "steps": steps},
-           {"seconds": times, **ratios(median), "gflops": flops / median["ebmfast"] / 1e9, "fma_peak_gflops": roofline / 1e9,
-            "share_of_fma_peak": flops / median["ebmfast"] / roofline, "threads_used": 1})
+
+    def shares(median: dict) -> dict:
+        roofline = core.multiply_adds(1) * PEAK_ROUNDS / median["fma_peak"]
+        return {"gflops": flops / median["ebmfast"] / 1e9, "fma_peak_gflops": roofline / 1e9,
+                "share_of_fma_peak": flops / median["ebmfast"] / roofline}
+
+    against({"case": name, "dim": dim, "width": width, "leaves": len(nets), "chains": chains, "steps": steps},
+            {"ebmfast": lambda: ours(expr, x, steps), "fma_peak": peak}, lambda y: sum(net(y) for net in nets), expr, x, steps,
+            lambda: peers.jax_networks(nets), rounds, shares)
 
 
 def disjunction() -> None:
     nets, x, steps = networks(2, 128), start(8192, 2), 10
-    flat, _ = jax_networks(nets, either=True)
     either = composed(nets, either=True)
-    times, median = medians([
-        ours(either, x, steps), ours(composed(nets), x, steps, "and"),
-        torchebm(lambda y: -torch.logsumexp(-torch.stack([net(y) for net in nets]), 0), either, x, steps),
-        jax_chain(flat, either, x, steps)], rounds=9)
-    record("chain", {"case": "OR of 4", "dim": 2, "width": 128, "chains": 8192, "steps": steps},
-           {"seconds": times, "or_over_and": median["ebmfast"] / median["and"],
-            **{k: v for k, v in ratios(median).items() if not k.endswith("_and")}, "threads_used": 1})
+    against({"case": "OR of 4", "dim": 2, "width": 128, "chains": 8192, "steps": steps},
+            {"ebmfast": lambda: ours(either, x, steps), "and": lambda: ours(composed(nets), x, steps, "and")},
+            lambda y: -torch.logsumexp(-torch.stack([net(y) for net in nets]), 0), either, x, steps,
+            lambda: peers.jax_networks(nets, either=True), 5, lambda median: {"or_over_and": median["ebmfast"] / median["and"]})
 
 
 def bfloat16() -> None:

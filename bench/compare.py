@@ -1,7 +1,7 @@
 """`python -m bench.compare BASE`: bench/suite against this tree and commit BASE, in turns; exits 1 where this tree is slower.
 
-BASE is checked out and installed under build/compare, once per commit. The least time of each round counts, its median over
-rounds is compared: what else runs on a machine only adds.
+BASE is checked out and installed under build/compare, once per commit. The least time of each turn counts, as what else runs on a
+machine only adds; ratios are of turns that follow each other, and their median is compared.
 """
 
 from __future__ import annotations
@@ -19,13 +19,18 @@ SUITE = ROOT / "bench" / "suite"
 
 
 def install(base: str) -> Path:
-    """The Python of commit `base`, checked out and installed under build/compare."""
-    named = ["git", "rev-parse", "--verify", f"{base}^{{commit}}"]
-    commit = subprocess.run(named, cwd=ROOT, capture_output=True, text=True, check=True)
-    tree = ROOT / "build" / "compare" / commit.stdout.strip()[:12]
-    if not tree.exists():
-        subprocess.run(["git", "worktree", "add", "--detach", tree, base], cwd=ROOT, check=True)
-    subprocess.run(["make", ".venv/.installed"], cwd=tree, check=True)
+    """The Python of commit `base`, checked out and installed under build/compare; a clone, as a worktree outlives its folder."""
+    command = ["git", "rev-parse", "--verify", "--quiet", f"{base}^{{commit}}"]
+    named = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if named.returncode:
+        raise SystemExit(f"`BASE` must name a commit, got {base!r}")
+    commit = named.stdout.strip()
+    tree = ROOT / "build" / "compare" / commit[:12]
+    if not (tree / "Makefile").exists():
+        subprocess.run(["git", "clone", "--quiet", "--shared", "--no-checkout", ROOT, tree], check=True)
+        subprocess.run(["git", "checkout", "--quiet", "--detach", commit], cwd=tree, check=True)
+    print(f"installing {base} ({commit[:12]}) under {tree}", flush=True)
+    subprocess.run(["make", "--silent", ".venv/.installed"], cwd=tree, check=True)
     python = tree / ".venv" / "bin" / "python"
     subprocess.run([python, "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt", "pytest-benchmark"], check=True)
     return python
@@ -43,17 +48,18 @@ def run(python: Path | str, out: Path, seconds: float) -> dict[str, float]:
 
 
 def compared(ours: list[dict[str, float]], theirs: list[dict[str, float]], slack: float) -> tuple[str, list[str]]:
-    """A table of ratios, and the names that are slower by more than `slack`."""
-    lines, slower = [f"{'':60}{'base':>12}{'here':>12}{'ratio':>8}"], []
+    """A table of ratios with their spread over turns, and the names that are slower by more than `slack`, and in every turn."""
+    lines, slower = [f"{'':52}{'base':>12}{'here':>12}{'ratio':>8}{'over turns':>15}"], []
     for name in ours[0]:
-        base = [t[name] for t in theirs if name in t]
-        here = statistics.median(t[name] for t in ours)
-        if not base:
-            lines.append(f"{name:60}{'-':>12}{1e3 * here:>9.3f} ms")
+        label, here = name.removeprefix("test_a_prepared_run"), statistics.median(t[name] for t in ours)
+        ratios = [a[name] / b[name] for a, b in zip(ours, theirs) if name in b]
+        if not ratios:
+            lines.append(f"{label:52}{'-':>12}{1e3 * here:>9.3f} ms")
             continue
-        ratio = here / statistics.median(base)
-        slower += [name] * (ratio > 1 + slack)
-        lines.append(f"{name:60}{1e3 * statistics.median(base):>9.3f} ms{1e3 * here:>9.3f} ms{ratio:>8.2f}")
+        ratio, base = statistics.median(ratios), statistics.median(t[name] for t in theirs)
+        slower += [name] * (ratio > 1 + slack and min(ratios) > 1)
+        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+        lines.append(f"{label:52}{1e3 * base:>9.3f} ms{1e3 * here:>9.3f} ms{ratio:>8.2f}{spread:>15}")
     return "\n".join(lines), slower
 
 
@@ -67,9 +73,11 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     python, folder = install(options.base), ROOT / "build" / "compare"
     ours, theirs = [], []
-    for _ in range(options.rounds):
+    for k in range(options.rounds):
+        print(f"turn {k + 1} of {options.rounds} ...", flush=True)
         theirs.append(run(python, folder / "base.json", options.seconds))
         ours.append(run(sys.executable, folder / "here.json", options.seconds))
+    print("Ratios are this tree's time over the base's: more than 1 is slower here.")
     text, slower = compared(ours, theirs, options.slack)
     print(text)
     if slower:

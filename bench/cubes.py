@@ -1,10 +1,10 @@
 """`python -m bench.cubes`: compositions of the paper's CubesNet at 64x64 and of small networks, models against machine.
 
 Cases: an AND of 4 distinct CubesNets, 16 chains: ours as it is, channels_last, bfloat16, compiled; against the eager float32
-NCHW loop. The driver's own time per step is what a step takes beyond the models' forward and backward pass alone. Several
-conditions of one CubesNet against passes one after the other, and in the micro-batch that is measured to be fastest. Stacked
-parameters against branches for small networks.
-Rooflines, measured in the same run: float32 and bfloat16 matrix products.
+NCHW loop, its step under torch.compile, and torchebm. The driver's own time per step is what a step takes beyond the models'
+forward and backward pass alone. Several conditions of one CubesNet against passes one after the other, and in the micro-batch
+that is measured to be fastest. Stacked parameters against branches for small networks. Rooflines, measured in the same run:
+float32 and bfloat16 matrix products.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 
 import ebmfast as ef
 from bench import timing
-from bench.timing import Variant, compare, quantiles, record
+from bench.timing import Variant, compare, quantiles, record, sound
 from ebmfast import batching
 from ebmfast.models import CubesNet
 from ebmfast.plan import Plan
@@ -73,6 +73,51 @@ def agreement(run, want: torch.Tensor, x, loose: float):
     return check
 
 
+def compiled_step(models, conditions):
+    """The same step in one graph."""
+    torch.compiler.reset()
+    gradient = torch.func.grad(lambda y: sum(m(y, c) for m, c in zip(models, conditions)).sum())
+
+    @torch.compile(fullgraph=True)
+    def step(x: torch.Tensor, drift: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        return x - drift * gradient(x) + noise * torch.randn_like(x)
+
+    return torch.no_grad()(lambda x, drift, noise: step(x, torch.tensor(drift), torch.tensor(noise)))
+
+
+def torchebm_step(models, conditions):
+    """One step of torchebm's sampler, unmodified."""
+    from torchebm.core import BaseModel
+    from torchebm.samplers import LangevinDynamics
+
+    class Model(BaseModel):
+        def forward(self, x):
+            return sum(m(x, c) for m, c in zip(models, conditions)).flatten()  # it takes [B] alone
+
+    model = Model()
+    return lambda x, drift, noise: LangevinDynamics(model, step_size=drift, noise_scale=noise / (2 * drift) ** 0.5).sample(
+        x=x, n_steps=1)
+
+
+def peer_makers(models, rows, x: torch.Tensor, gradient: torch.Tensor, unit: float) -> dict:
+    """Peers that step as users would; each must move along the gradient. JAX has no CubesNet that would be the same code."""
+    def maker(make):
+        def variant() -> Variant:
+            step = make(models, rows)
+
+            def check() -> None:
+                moved, want = step(x, unit, 1e-30) - x, -unit * gradient
+                error = float((moved - want).norm() / want.norm())
+                if not error <= 1e-4:
+                    raise AssertionError(f"moves differ by {error:.3g} of their norm, allowed 1e-4")
+
+            return Variant("", lambda: step(x, DRIFT, NOISE), check)
+
+        return variant
+
+    return {"torch.compile": maker(compiled_step), "torchebm": maker(torchebm_step)}
+
+
 def distinct(chains: int, size: int, width: int, rounds: int, compiled: bool, gemm: int) -> None:
     models, count = cubes(4, width), 4
     torch.manual_seed(1)
@@ -100,20 +145,22 @@ def distinct(chains: int, size: int, width: int, rounds: int, compiled: bool, ge
                 evaluator.gradients(x)
 
         variants.append(Variant(f"{name}, models alone", models_alone, lambda: None))
+    more, trouble = sound(peer_makers(models, rows, x, gradient, unit))
+    variants += more
     products = [gemm_rate(d, gemm) for d in (torch.float32, torch.bfloat16)]
     seconds = {k: quantiles(v) for k, v in compare([*variants, *(v for v, _ in products)], rounds=rounds).items()}
     peak = {v.name: n / seconds[v.name]["p20"] for v, n in products}
     work = count * flops(models[0], x, rows[0])
     results = {}
-    for name in ["eager", *ways]:
+    for name in ["eager", *(v.name for v in more), *ways]:
         rate = peak["gemm_bfloat16" if "bfloat16" in name else "gemm_float32"]
         results[name] = {"ms": 1e3 * seconds[name]["median"], "times_eager": seconds["eager"]["median"] / seconds[name]["median"],
                          "share_of_gemm_rate": work / seconds[name]["median"] / rate}
-        if name != "eager":
+        if name in ways:
             alone = seconds[f"{name}, models alone"]["median"]
             results[name]["driver_share"] = seconds[name]["median"] / alone - 1
     record("cubes", {"case": "4 distinct CubesNets", "chains": chains, "size": size, "width": width},
-           {"gflop": work / 1e9, "gemm_gflops": {k: v / 1e9 for k, v in peak.items()}, "results": results})
+           {"gflop": work / 1e9, "gemm_gflops": {k: v / 1e9 for k, v in peak.items()}, "results": results, "not_timed": trouble})
 
 
 def conditions(chains: int, size: int, width: int, rounds: int) -> None:
@@ -200,7 +247,8 @@ def stacks(rounds: int, chains=(16, 256, 4096), dims=(2, 32), count: int = 4) ->
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.cubes", description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that everything runs; nothing is recorded")
-    parser.add_argument("--compile", action="store_true", help="also under torch.compile")
+    parser.add_argument("--compile", action="store_true", help="ours also under torch.compile")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of everybody (default: %(default)s)")
     options = parser.parse_args()
     if options.smoke:
         timing.RESULTS = Path(tempfile.mkdtemp())
@@ -209,10 +257,10 @@ def main() -> None:
         micro_batches(4, 16, 2, 2)
         stacks(2, (3,), (2,))
         return
-    distinct(16, 64, 64, 5, options.compile, 2048)
-    conditions(16, 64, 64, 5)
-    micro_batches(16, 64, 64, 5)
-    stacks(30)
+    distinct(16, 64, 64, options.rounds, options.compile, 2048)
+    conditions(16, 64, 64, options.rounds)
+    micro_batches(16, 64, 64, options.rounds)
+    stacks(6 * options.rounds)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`python -m bench.generate [million | share | memory | resume ...] [--quick]`: what data sets cost beyond sampling.
+"""`python -m bench.generate [million | share | memory | resume ...] [--size 0.25]`: what data sets cost beyond sampling.
 
 million  a plan of 10^6 samples of a composition of 2-D networks, against one call of the chain engine with as many threads
 share    how much of the wall time sampling fills, for the bundled models and for `million`'s plan
@@ -69,10 +69,10 @@ def sampling_share(folder: Path) -> float:
     return spent / passed
 
 
-def million(quick: bool) -> None:
+def million(size: float) -> None:
     """The plan against the chain engine, in turns."""
-    n = 100_000 if quick else 1_000_000
-    plan = resolve(networks(n, 10_000 if quick else 50_000))
+    n = int(1_000_000 * size)
+    plan = resolve(networks(n, int(50_000 * size)))
     run, conditions = (p := Maker(plan).composition(0)).run, p.conditions
     rows, _ = conditions.rows(torch.arange(n))
 
@@ -84,7 +84,7 @@ def million(quick: bool) -> None:
 
     engine_seconds, data_seconds, alone = [], [], []
     with tempfile.TemporaryDirectory() as folder:
-        for i in range(1 if quick else 3):
+        for i in range(3 if size >= 1 else 2):
             engine_seconds.append(engine())
             data_seconds.append(timed(plan, Path(folder) / str(i), workers=WORKERS))
             entries = Manifest(stores.at(Path(folder) / str(i)), "reader").read().entries.values()
@@ -96,11 +96,11 @@ def million(quick: bool) -> None:
         "ratio": min(data_seconds) / best, "ratio_without_start": min(alone) / best, "sampling_share": share})
 
 
-def share(quick: bool) -> None:
+def share(size: float) -> None:
     """Sampling's share of the wall time at steady state."""
     with tempfile.TemporaryDirectory() as folder:
-        timed(pictures(32 * (6 if quick else 24)), Path(folder) / "a", workers=WORKERS)
-        timed(networks(200_000 if quick else 1_000_000, 20_000), Path(folder) / "b", workers=WORKERS)
+        timed(pictures(32 * max(6, int(24 * size))), Path(folder) / "a", workers=WORKERS)
+        timed(networks(max(200_000, int(1_000_000 * size)), 20_000), Path(folder) / "b", workers=WORKERS)
         found = {"bundled_models": "a", "networks_2d": "b"}
         found = {name: sampling_share(Path(folder) / where) for name, where in found.items()}
         record("generate", {"case": "share", "workers": WORKERS}, found)
@@ -114,7 +114,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
-def memory(quick: bool) -> None:
+def memory(size: float) -> None:
     """Peak resident memory of one process that makes all of a data set, MiB, by n."""
     peaks = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -126,9 +126,9 @@ def memory(quick: bool) -> None:
     record("generate", {"case": "memory", "shard_size": 5_000}, {"peak_mib": peaks})
 
 
-def resume(quick: bool) -> None:
+def resume(size: float) -> None:
     """Start of a run that finds everything done."""
-    shards = 1_000 if quick else 10_000
+    shards = int(10_000 * size)
     plan, times = resolve(networks(4 * shards, 4, 1) | {"run": {"batch_size": 4}}), {}
     with tempfile.TemporaryDirectory() as folder:
         times["make"] = timed(plan, Path(folder), workers=0)
@@ -148,10 +148,12 @@ def main() -> None:
     """Run the cases that are named, or all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", choices=[[], *CASES])
-    parser.add_argument("--quick", action="store_true", help="a tenth of the size: whether it works, not what it costs")
+    parser.add_argument("--size", type=float, default=1.0, help="of the whole, 0.1 or more (default: %(default)s)")
     args = parser.parse_args()
+    if not 0.1 <= args.size <= 1:
+        parser.error(f"`--size` must be from 0.1 to 1, got {args.size}")
     for name in args.cases or CASES:
-        CASES[name](args.quick)
+        CASES[name](args.size)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""`python -m bench.noise`: nanoseconds per normal on one core, against torch's generator.
+"""`python -m bench.noise`: nanoseconds per normal on one core, against torch's generator and JAX's.
 
-CPU time of the thread, not wall time: the question is what a value costs.
+CPU time of the process, not wall time: the question is what a value costs.
 """
 
 from __future__ import annotations
@@ -9,11 +9,24 @@ import time
 
 import torch
 
-from bench.timing import Variant, compare, quantiles, record
+from bench.timing import Variant, compare, quantiles, record, sound
 from ebmfast import backends, rng
 from ebmfast._native import core
 
 CHAINS, SIZE = 64, 12288
+
+
+def jax_normal() -> Variant:
+    """Threefry's normals, keyed as ours are; under jit."""
+    import jax
+
+    draw, key = jax.jit(lambda key: jax.random.normal(key, (CHAINS, SIZE))), jax.random.PRNGKey(0)
+
+    def check() -> None:
+        values = draw(key)
+        assert abs(float(values.mean())) < 0.01 and abs(float(values.std()) - 1) < 0.01
+
+    return Variant("jax.random.normal", lambda: draw(key).block_until_ready(), check)
 
 
 def main() -> None:
@@ -48,7 +61,8 @@ def main() -> None:
     variants = [ours(kind, level) for level in levels for kind in ("normal", "uniform")]
     variants.append(Variant("torch.normal_", lambda: out.normal_(), check_torch))
     variants.append(Variant("torch.randn", lambda: torch.randn(CHAINS, SIZE), lambda: None))
-    seconds = compare(variants, rounds=41, clock=time.thread_time)
+    more, trouble = sound({"jax.random.normal": jax_normal})
+    seconds = compare([*variants, *more], rounds=41, clock=time.process_time)
     core.set_isa("")
     per_value = {
         name: {q: t / out.numel() * 1e9 for q, t in quantiles(times).items()}
@@ -58,7 +72,7 @@ def main() -> None:
     record(
         "noise",
         {"shape": [CHAINS, SIZE], "unit": "ns per value, one thread"},
-        {"ns": per_value, "ratio_to_randn": per_value["torch.randn"]["median"] / best},
+        {"ns": per_value, "ratio_to_randn": per_value["torch.randn"]["median"] / best, "not_timed": trouble},
     )
 
 

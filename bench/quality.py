@@ -2,13 +2,13 @@
 
 A fast chain that is wrong is worth nothing: each method runs 4096 chains from N(0, 2²) for 1, 2, 4, ... steps; the distance is
 the total variation, over a grid of cells, between where its chains end and the exact law, known by quadrature. What exact
-draws of that number would show is the floor. Times are medians of turns taken in one process.
+draws of that number would show is the floor. Everybody has the same target, start and step size, and for HMC as many leapfrog
+steps; nobody is tuned beyond that. Energies of peers must be ours. Times are medians of turns taken in one process.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 import ebmfast as ef
-from bench import timing
+from bench import quality_methods, timing
 from bench.chain import one_core
-from bench.timing import Variant, compare, quantiles, record
+from bench.timing import Variant, compare, quantiles, record, sound
 
 CHAINS, REACH, CELLS, FINE = 4096, 4.5, 18, 20
 LADDER = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -28,10 +28,11 @@ MOST_OF_HMC = 32  # steps: each is a trajectory
 
 
 class Target:
-    """A law in the plane, known by quadrature over a fine grid."""
+    """A law in the plane, known by quadrature over a fine grid; its energy again in torch, and of one x `[2]` in JAX."""
 
-    def __init__(self, name: str, expression: ef.Expression, step_size: float):
-        self.name, self.expression, self.step_size = name, expression, step_size
+    def __init__(self, name: str, expression: ef.Expression, step_size: float, energy=None, jax=None, trajectory: float = 0.45):
+        self.name, self.expression, self.step_size, self.trajectory = name, expression, step_size, trajectory
+        self.energy, self.jax = energy, jax
         points = (torch.arange(CELLS * FINE, dtype=torch.float64) + 0.5) / (CELLS * FINE) * 2 * REACH - REACH
         grid = torch.cartesian_prod(points, points).float()
         with torch.no_grad():
@@ -57,60 +58,78 @@ class Target:
 def targets() -> list[Target]:
     """An AND whose law is a crescent of a mixture and a network, and an OR of overlapping Gaussians."""
     torch.manual_seed(3)
-    net = ef.Concept(ef.energies.MLP(2, (64, 64)).requires_grad_(False), name="net")
-    modes = ef.Concept(ef.energies.GaussianMixture([[-1.2, 0.0], [1.2, 0.6]], covs=0.6), name="modes")
-    wide, narrow = (ef.Concept(ef.energies.Gaussian(m, c), name=n) for m, c, n in (
-        ([-1.0, 0.0], [[1.0, 0.5], [0.5, 0.8]], "wide"), ([1.0, 0.5], [[0.4, 0.0], [0.0, 0.6]], "narrow")))
-    return [Target("AND of a mixture and 4 x a network", modes & 4.0 * net, 0.3), Target("OR of two Gaussians", wide | narrow, 0.3)]
+    net = ef.energies.MLP(2, (64, 64)).requires_grad_(False)
+    modes = ef.energies.GaussianMixture([[-1.2, 0.0], [1.2, 0.6]], covs=0.6)
+    wide = ef.energies.Gaussian([-1.0, 0.0], [[1.0, 0.5], [0.5, 0.8]])
+    narrow = ef.energies.Gaussian([1.0, 0.5], [[0.4, 0.0], [0.0, 0.6]])
+
+    def crescent():
+        import jax.numpy as jnp
+        from jax.scipy.special import logsumexp
+
+        layers = [(jnp.asarray(m.weight.numpy()), jnp.asarray(m.bias.numpy())) for m in (*net.layers, net.read_out)]
+        means, precisions, logs = (jnp.asarray(b.numpy()) for b in (modes.means, modes.precisions, modes.log_weights))
+
+        def energy(x):
+            h = x
+            for w, b in layers[:-1]:
+                h = w @ h + b
+                h = h / (1 + jnp.exp(-h))
+            w, b = layers[-1]
+            return 4.0 * (w @ h + b)[0] - logsumexp(logs - 0.5 * (jnp.square(x - means) * precisions).sum(1))
+
+        return energy
+
+    def either():
+        import jax.numpy as jnp
+
+        parts = [(jnp.asarray(g.mean.numpy()), jnp.asarray(g.precision.numpy())) for g in (wide, narrow)]
+        return lambda x: -jnp.logaddexp(*(-0.5 * (x - m) @ p @ (x - m) for m, p in parts))
+
+    names = [ef.Concept(m, name=n) for m, n in ((net, "net"), (modes, "modes"), (wide, "wide"), (narrow, "narrow"))]
+    return [
+        Target("AND of a mixture and 4 x a network", names[1] & 4.0 * names[0], 0.3, lambda x: modes(x) + 4.0 * net(x), crescent),
+        Target("OR of two Gaussians", names[2] | names[3], 0.3, lambda x: -torch.logaddexp(-wide(x), -narrow(x)), either)]
 
 
-def methods(target: Target, start: Tensor) -> dict[str, Callable[[int, int], Tensor]]:
-    """Functions of (steps, seed) → states `[n, 2]`."""
-    size = target.step_size
-
-    def ours(sampler) -> Callable[[int, int], Tensor]:
-        run = ef.prepare(target.expression, sampler, shape=(2,), energies=False)
-        return lambda steps, seed: run(x=start, steps=steps, seed=seed).x
-
-    def eager(steps: int, seed: int) -> Tensor:
-        x, generator = start, torch.Generator().manual_seed(seed)
-        for _ in range(steps):
-            leaf = x.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(target.expression.energy(leaf).sum(), leaf)
-            x = x - size / 2 * gradient + size**0.5 * torch.randn(x.shape, generator=generator)
-        return x.detach()
-
-    found = {"ebmfast Langevin": ours(ef.Langevin(step_size=size)), "ebmfast MALA": ours(ef.MALA(size)),
-             "ebmfast HMC": ours(ef.HMC(0.45, 5)), "eager Langevin": eager}
-    if importlib.util.find_spec("torchebm") is None:
-        return found
-    from torchebm.core import BaseModel
-    from torchebm.samplers import HamiltonianMonteCarlo, LangevinDynamics
-
-    class Model(BaseModel):
-        def forward(self, x):
-            return target.expression.energy(x)
-
-    def theirs(sampler) -> Callable[[int, int], Tensor]:
-        return lambda steps, seed: sampler.sample(x=start, n_steps=steps, generator=torch.Generator().manual_seed(seed))
-
-    return found | {"torchebm Langevin": theirs(LangevinDynamics(Model(), step_size=size / 2)),
-                    "torchebm HMC": theirs(HamiltonianMonteCarlo(Model(), step_size=0.45, n_leapfrog_steps=5))}
+def same_energy(target: Target, start: Tensor, name: str) -> None:
+    """A peer's energy is ours, whatever its samples look like."""
+    if name.startswith(("jax", "blackjax")):
+        import jax
+        import jax.numpy as jnp
+        theirs = torch.from_numpy(jax.device_get(jax.vmap(target.jax())(jnp.asarray(start.numpy()))).copy())
+    else:
+        theirs = target.energy(start)
+    torch.testing.assert_close(theirs, target.expression.energy(start), rtol=1e-4, atol=1e-4)
 
 
 def measure(target: Target, ladder: tuple[int, ...], rounds: int) -> None:
     """Distance and time of every method after each number of steps."""
     start = 2.0 * torch.randn(CHAINS, 2, generator=torch.Generator().manual_seed(1))
-    ways = methods(target, start)
-    curves: dict[str, list] = {name: [] for name in ways}
+    torch.compiler.reset()
+    ways: dict[str, Callable] = {}
+
+    def maker(name: str, make: Callable) -> Callable[[], Variant]:
+        def variant() -> Variant:
+            ways[name] = make()
+            check = (lambda: None) if name.startswith("ebmfast") else partial(same_energy, target, start, name)
+            return Variant(name, partial(ways[name], 2, 0), check)
+
+        return variant
+
+    makers = quality_methods.makers(target, start)
+    found, trouble = sound({name: maker(name, make) for name, make in makers.items()},
+                           tuple(name for name in makers if name.startswith("ebmfast")))
+    curves: dict[str, list] = {v.name: [] for v in found}
     for steps in ladder:
-        chosen = {name: way for name, way in ways.items() if steps <= MOST_OF_HMC or not name.endswith("HMC")}
-        variants = [Variant(name, partial(way, steps, 0), lambda: None) for name, way in chosen.items()]
-        times = compare(variants, rounds=rounds)
-        for name, way in chosen.items():
-            curves[name].append([steps, quantiles(times[name])["median"], target.distance(way(steps, 7))])
-    record("quality", {"case": target.name, "chains": CHAINS},
-           {"curves": curves, "floor": target.floor(), "columns": ["steps", "seconds", "total variation"], "threads_used": 1})
+        chosen = [name for name in curves if steps <= MOST_OF_HMC or not name.endswith("HMC")]
+        times = compare([Variant(name, partial(ways[name], steps, 0), lambda: None) for name in chosen], rounds=rounds)
+        for name in chosen:
+            curves[name].append([steps, quantiles(times[name])["median"], target.distance(ways[name](steps, 7))])
+    record("quality", {"case": target.name, "chains": CHAINS, "step_size": target.step_size, "trajectory": target.trajectory,
+                       "leapfrogs": quality_methods.LEAPFROGS},
+           {"curves": curves, "floor": target.floor(), "columns": ["steps", "seconds", "total variation"], "threads_used": 1,
+            "not_timed": trouble})
 
 
 def main() -> None:

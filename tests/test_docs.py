@@ -3,9 +3,12 @@
 import ast
 import importlib.util
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+
+from ebmfast import cli
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -86,3 +89,26 @@ def test_explain_prints_what_the_page_shows(capsys):
     code, shown = re.search(r"```python\n(.*?)```.*?```text\n(.*?)```", page, re.S).groups()
     exec(compile(code, "a page", "exec"), {})
     assert capsys.readouterr().out == shown
+
+
+def commands():
+    """What pages tell users to type: lines of sh blocks, and code within text, unless it is a pattern."""
+    for page in PAGES:
+        text = page.read_text()
+        blocks = "\n".join(re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S))
+        inline = re.findall(r"`(ebmfast [a-z]+[^`\n]*)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
+        lines = [line for line in blocks.splitlines() if line.startswith("ebmfast ")] + inline
+        yield from ((page.name, line) for line in dict.fromkeys(lines) if "..." not in line)
+
+
+def test_commands_parse():
+    """Options and names of commands are those of the command line; files need not exist."""
+    parser, found = cli._parser(), list(commands())
+    assert len(found) > 25
+    for page, line in found:
+        words = shlex.split(line.partition(">")[0], comments=True)[1:]
+        try:
+            parser.parse_args(words)
+        except SystemExit as stop:
+            # Text may name a command alone, whose positional arguments it does not repeat.
+            assert stop.code in (0, None) or len(words) == 1, f"{page}: {line}"

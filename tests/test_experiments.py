@@ -451,7 +451,7 @@ def test_models_in_bfloat16_are_said_to_be(capsys, folders, tmp_path):
         found[options] = data
         assert data["protocol"].get("precision") == ("models in bfloat16, states in float32" if options else None)
     ours = [data["lines"][0] for data in found.values()]
-    assert "weights shape 3" in ours[0]["density"] and "12 steps a level" in ours[0]["density"]
+    assert "weights shape 2" in ours[0]["density"] and "12 steps a level" in ours[0]["density"]
     assert "weights" not in next(line for line in found[()]["lines"] if line["by"] == "contrastive divergence")["density"]
 
 

@@ -7,6 +7,7 @@ import site
 import subprocess
 import sys
 import tarfile
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,17 @@ def test_the_sdist_has_what_a_build_needs_and_nothing_built(fresh):
         assert needed in names
     assert not [n for n in names if n.endswith((".so", ".pyc")) or n.startswith((".venv", "build/", "bench/results"))]
     assert "Requires-Dist: torch>=2.6" in about and "# ebmfast" in about
+
+
+def test_wheels_are_configured_for_every_architecture_and_python():
+    about = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    wheels, least = about["tool"]["cibuildwheel"], about["project"]["requires-python"].removeprefix(">=")
+    pythons = wheels["build"].split()
+    assert pythons[0] == f"cp{least.replace('.', '')}-*" and len(pythons) == len(set(pythons)) >= 3
+    for arch in wheels["linux"]["archs"]:
+        assert wheels["linux"][f"manylinux-{arch}-image"].startswith("manylinux_2_")
+    assert set(wheels["linux"]["archs"]) == {"x86_64", "aarch64"}
+    assert wheels["linux"]["environment"]["EBMFAST_CUDA"] == "OFF" and "python -m ebmfast" in wheels["test-command"]
 
 
 def test_the_sources_shadow_a_wheel_and_say_so(fresh):

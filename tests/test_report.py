@@ -58,7 +58,9 @@ def test_slower_is_said():
     here, base = [{"a": 1.2, "b": 1.0, "new": 1.0}] * 3, [{"a": 1.0, "b": 1.0}] * 3
     text, slower = compare.compared(here, base, 0.1)
     assert slower == ["a"] and "1.20" in text and "new" in text
-    assert compare.compared(here, [{"a": 1.15, "b": 1.0}], 0.1)[1] == []
+    assert compare.compared(here, [{"a": 1.15, "b": 1.0}] * 3, 0.1)[1] == []
+    unsure, names = compare.compared(here, [{"a": 1.0}, {"a": 1.3}, {"a": 0.9}], 0.1)
+    assert "0.92 to 1.33" in unsure and names == []
 
 
 def test_the_distance_is_to_the_exact_law():

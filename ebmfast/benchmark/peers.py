@@ -49,6 +49,25 @@ def eager(energy: Callable[[Tensor], Tensor], expr, x: Tensor, steps: int) -> Va
     return Variant("eager", lambda: draw(x, steps, NOISE), lambda: lands_with_ours(lambda y, n: draw(y, n, 0.0), expr, x))
 
 
+def compiled(energy: Callable[[Tensor], Tensor], expr, x: Tensor, steps: int) -> Variant:
+    """The same loop, a step of it under torch.compile: forward, backward, noise and update in one graph. Compiling is not timed."""
+    torch.compiler.reset()
+    gradient = torch.func.grad(lambda y: energy(y).sum())
+
+    @torch.compile(fullgraph=True)
+    def step(y: Tensor, noise: Tensor) -> Tensor:
+        return y - DRIFT * gradient(y) + noise * torch.randn_like(y)
+
+    @torch.no_grad()
+    def draw(y: Tensor, n: int, noise: float) -> Tensor:
+        scale = torch.tensor(noise)
+        for _ in range(n):
+            y = step(y, scale)
+        return y
+
+    return Variant("torch.compile", lambda: draw(x, steps, NOISE), lambda: lands_with_ours(lambda y, n: draw(y, n, 0.0), expr, x))
+
+
 def torchebm(energy: Callable[[Tensor], Tensor], expr, x: Tensor, steps: int) -> Variant:
     """torchebm's sampler, unmodified."""
     from torchebm.core import BaseModel
@@ -105,5 +124,3 @@ def jax_networks(nets, either: bool = False):
         return -jax.nn.logsumexp(-e, axis=0) if either else e.sum(0)
 
     return (lambda x: combine(jnp.stack([one(p, x) for p in leaves]))), (lambda x: combine(jax.vmap(one, (0, None))(stacked, x)))
-
-

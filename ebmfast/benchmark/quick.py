@@ -11,10 +11,10 @@ import argparse
 import importlib.util
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from .. import composition, energies, sampling
 from ..samplers import Langevin
 from . import peers
-from .timing import Variant, append, compare, machine, quantiles
+from .timing import Variant, append, compare, machine, quantiles, sound
 
-SECONDS = 100.0  # of timing with --quick
+SECONDS = 85.0  # of timing with --quick: with checks and compiling, under two minutes
 PEERS = ("eager", "torch.compile", "torchebm", "jax")
 
 
@@ -103,42 +103,28 @@ def ours(case: Case) -> Variant:
     return Variant("ebmfast", lambda: run(x=case.x, seed=0), check)
 
 
-def variants(case: Case, wanted: list[str]) -> list[Variant]:
-    """ebmfast and the peers that apply."""
+def makers(case: Case, wanted: list[str]) -> dict[str, Callable[[], Variant]]:
+    """ebmfast and the peers that apply, each made when it is called."""
     given = case.energy, case.expression, case.x, case.steps
-    found = [ours(case)]
-    if "eager" in wanted:
-        found.append(peers.eager(*given))
-    if "torch.compile" in wanted:
-        compiled = peers.eager(torch.compile(case.energy), *given[1:])
-        found.append(Variant("torch.compile", compiled.run, compiled.check))
-    if "torchebm" in wanted:
-        found.append(peers.torchebm(*given))
+    plain = {"eager": peers.eager, "torch.compile": peers.compiled, "torchebm": peers.torchebm}
+    found: dict[str, Callable[[], Variant]] = {"ebmfast": lambda: ours(case)}
+    found |= {name: partial(make, *given) for name, make in plain.items() if name in wanted}
     if "jax" in wanted and case.jax is not None:
-        found += [peers.jax_chain(energy, *given[1:], name=f"jax{i}") for i, energy in enumerate(case.jax())]
+        found |= {f"jax{i}": partial(peers.jax_chain, energy, *given[1:]) for i, energy in enumerate(case.jax())}
     return found
 
 
 def measure(case: Case, wanted: list[str], seconds: float) -> dict:
     """Seconds per call of everybody, timed for about `seconds`; a peer that is not right, or fails, gets the reason."""
-    sound, refused = [], {}
-    for variant in variants(case, wanted):
-        try:
-            variant.check()
-            began = time.perf_counter()
-            variant.run()
-            sound.append((variant, time.perf_counter() - began))
-        except Exception as error:
-            if variant.name == "ebmfast":
-                raise
-            refused[variant.name.rstrip("01")] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"[:100]
-    rounds = int(min(15, max(3, seconds / sum(once for _, once in sound))))
-    times = {name: quantiles(found) for name, found in compare([v for v, _ in sound], rounds=rounds).items()}
+    found, trouble = sound(makers(case, wanted))
+    once = sum(times[0] for times in compare(found, rounds=1).values())
+    rounds = int(min(15, max(3, seconds / once)))
+    times = {name: quantiles(values) for name, values in compare(found, rounds=rounds).items()}
     forms = [name for name in times if name.startswith("jax")]
     if forms:  # the faster of its forms
         times["jax"] = min((times.pop(name) for name in forms), key=lambda t: t["median"])
     return {"case": case.name, "chains": len(case.x), "shape": list(case.x.shape[1:]), "steps": case.steps, "rounds": rounds,
-            "seconds": times, "refused": refused}
+            "seconds": times, "refused": {name.rstrip("01"): reason for name, reason in trouble.items()}}
 
 
 def installed(compiling: bool) -> list[str]:

@@ -16,7 +16,7 @@ import torch
 
 from .._native import core
 
-__all__ = ["Variant", "append", "compare", "copy_bandwidth", "cpu_name", "machine", "quantiles"]
+__all__ = ["Variant", "append", "compare", "copy_bandwidth", "cpu_name", "machine", "quantiles", "sound"]
 
 
 class Variant:
@@ -46,6 +46,25 @@ def compare(
             variant.run()
             seconds[variant.name].append(clock() - start)
     return {name: sorted(values) for name, values in seconds.items()}
+
+
+def sound(makers: dict[str, Callable[[], Variant]], ours: tuple[str, ...] = ("ebmfast",)) -> tuple[list[Variant], dict[str, str]]:
+    """The variants that are here and right, checked and warm, and why the others are not. What fails of `ours` raises."""
+    found, trouble = [], {}
+    for name, make in makers.items():
+        try:
+            variant = make()
+            variant.name = name
+            variant.check()
+            variant.run()
+        except Exception as error:
+            if name in ours:
+                raise
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            trouble[name] = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:160]
+            continue
+        found.append(Variant(name, variant.run, lambda: None))
+    return found, trouble
 
 
 def quantiles(seconds: list[float]) -> dict[str, float]:

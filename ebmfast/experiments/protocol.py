@@ -57,7 +57,7 @@ class Settings:
 
 
 SHARP_SHAPE = Settings(weights=(("shape", 2.0),))
-PAIRS = Settings(weights=(("shape", 3.0),), steps_per_level=12, drift=0.12)
+PAIRS = Settings(weights=(("shape", 2.0),), steps_per_level=12, drift=0.12)
 CHOSEN: dict[str, Settings] = {  # by the title of a row
     "shape AND color AND position": SHARP_SHAPE,
     "shape AND color AND position AND size": replace(SHARP_SHAPE, levels=24),
