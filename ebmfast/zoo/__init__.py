@@ -80,7 +80,7 @@ PACKED = ".scale8"
 
 
 def packed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights with kernels and matrices in 8 bits, to be stored: q = round(127 w / max|w|) of each output channel, with max|w| / 127
+    """Weights to be stored, kernels and matrices in 8 bits: q = round(127 w / max|w|) of each output channel, with max|w| / 127
     beside it as NAME.scale8; all else in float16. `unpacked` reads them."""
     result = {}
     for name, value in weights.items():
