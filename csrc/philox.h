@@ -49,12 +49,8 @@ struct ScalarLane {
     static EBMFAST_HD Wide xor_wide(Wide a, Wide b) { return a ^ b; }
     static EBMFAST_HD Wide xor_wide(Wide a, Wide b, Wide c) { return a ^ b ^ c; }
     static EBMFAST_HD I xor_three(I a, I b, I c) { return a ^ b ^ c; }
-    static EBMFAST_HD void store_wide(uint32_t* p, Wide a) { __builtin_memcpy(p, &a, 8); }
-    static EBMFAST_HD Wide load_wide(const uint32_t* p) {
-        Wide a;
-        __builtin_memcpy(&a, p, 8);
-        return a;
-    }
+    static EBMFAST_HD void store_wide(uint32_t* p, Wide a) { p[0] = uint32_t(a), p[1] = uint32_t(a >> 32); }
+    static EBMFAST_HD Wide load_wide(const uint32_t* p) { return p[0] | uint64_t(p[1]) << 32; }
 
 #if defined(__CUDA_ARCH__)
     static EBMFAST_HD I as_int(F a) { return __float_as_uint(a); }
@@ -189,7 +185,9 @@ template <class L> EBMFAST_HD Words<L> philox(const ChainCounter<L>& chains, uin
     const uint64_t p0 = uint64_t(block) * kMultiply0, p1 = uint64_t(uint32_t(p0 >> 32) ^ top ^ key[0].k1) * kMultiply1;
     Counter<L> c{L::xor_wide(chains.chain, L::set_wide(uint32_t(p1 >> 32) ^ key[1].k0)), L::set_wide(uint32_t(p1)),
                  L::xor_wide(chains.upper_half, L::set_wide(uint32_t(p0) ^ key[1].k1)), chains.product};
+#if !defined(__CUDACC__)
 #pragma GCC unroll 10
+#endif
     for (int round = 2; round < kRounds - 1; ++round) c.round(key[round]);
     return c.last_round(key[kRounds - 1]);
 }
