@@ -34,15 +34,15 @@ class Part:
 
 
 PARTS = {
-    "noise": Part("bench.noise", "nanoseconds per normal", 0.2),
-    "step": Part("bench.step", "the fused step against copy bandwidth, torch.compile and JAX", 1.0),
-    "overhead": Part("bench.overhead", "a step of a trivial energy", 0.6),
-    "chain": Part("bench.chain", "the chain engine, share of the roofline", 2.5),
+    "noise": Part("bench.noise", "nanoseconds per normal", 0.1),
+    "step": Part("bench.step", "the fused step against copy bandwidth, torch.compile and JAX", 0.9),
+    "overhead": Part("bench.overhead", "a step of a trivial energy", 0.3),
+    "chain": Part("bench.chain", "the chain engine, share of the roofline", 3.0),
     "metropolis": Part("bench.metropolis", "MALA and HMC against blackjax", 2.0, ("--rounds", "3")),
-    "cubes": Part("bench.cubes", "the paper's networks at 64x64, stacks of small ones", 1.5, ("--rounds", "3")),
-    "scaling": Part("bench.scaling", "time against chains, leaves, steps and dimension", 2.5),
-    "quality": Part("bench.quality", "distance to the exact law against time", 1.0),
-    "generate": Part("bench.generate", "data sets against the chain engine", 1.0, ("million", "share", "memory", "--size", "0.2")),
+    "cubes": Part("bench.cubes", "the paper's networks at 64x64, stacks of small ones", 2.7, ("--rounds", "3")),
+    "scaling": Part("bench.scaling", "time against chains, leaves, steps and dimension", 2.4),
+    "quality": Part("bench.quality", "distance to the exact law against time", 1.7),
+    "generate": Part("bench.generate", "data sets against the chain engine", 0.8, ("million", "share", "memory", "--size", "0.2")),
 }
 
 

@@ -90,7 +90,7 @@ def double_well() -> None:
         return [lambda y: 2.0 * jnp.square(jnp.square(y) - 1).sum(-1)]
 
     against({"case": "double well", "chains": 4096, "dim": 32, "steps": steps}, {"ebmfast": lambda: ours(expr, x, steps)},
-            well, expr, x, steps, forms, 5, lambda median: {"ns_per_value_and_step": median["ebmfast"] / (x.numel() * steps) * 1e9})
+            well, expr, x, steps, forms, 3, lambda median: {"ns_per_value_and_step": median["ebmfast"] / (x.numel() * steps) * 1e9})
 
 
 def network_case(name: str, dim: int, width: int, chains: int, steps: int, rounds: int = 5) -> None:
@@ -150,7 +150,7 @@ def linearity() -> None:
     ours(ef.Concept(energies.DoubleWell()), start(64, 4), 100_000).run()
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     small = start(1024, 2)
-    steps, median_steps = medians([ours(four, small, 1000), ours(four, small, 100, "hundred")], rounds=5)
+    steps, median_steps = medians([ours(four, small, 1000), ours(four, small, 100, "hundred")], rounds=3)
     record("chain", {"case": "linearity", "dim": 2, "width": 128, "chains": 8192, "steps": 10},
            {"seconds": times | {"1000 steps of 1024 chains": steps["ebmfast"], "100 steps": steps["hundred"]},
             "steps_1000_over_100": median_steps["ebmfast"] / median_steps["hundred"] / 10,

@@ -198,7 +198,7 @@ def micro_batches(chains: int, size: int, width: int, rounds: int, steps: int = 
     x, values = torch.rand(chains, 3, size, size), torch.randn(4, 3)
     e, sampler = ef.all_of([ef.Concept(model, c.tolist()) for c in values]), ef.Langevin(drift=DRIFT, noise=NOISE)
     with fresh_measurements():
-        run = ef.prepare(e, sampler, steps=batching.WORTH, energies=False)
+        run = ef.prepare(e, sampler, steps=steps, energies=False)
         chosen = run(x=x, seed=0).report.micro_batch
     (times,) = run.rates.values()
     tried = {n: 1e3 * t / n for n, t in zip(batching.candidates(chains), times)}
@@ -216,9 +216,10 @@ def micro_batches(chains: int, size: int, width: int, rounds: int, steps: int = 
 
 @contextmanager
 def fresh_measurements():
-    """A cache folder of its own, so that what is to be measured is."""
-    with tempfile.TemporaryDirectory() as folder:
-        with unittest.mock.patch.dict(os.environ, {"EBMFAST_CACHE": folder, "EBMFAST_MEASURE": "1"}):
+    """A cache folder of its own, so that what is to be measured is, in runs of any length."""
+    patch = unittest.mock.patch
+    with tempfile.TemporaryDirectory() as folder, patch.object(batching, "WORTH", 1):
+        with patch.dict(os.environ, {"EBMFAST_CACHE": folder, "EBMFAST_MEASURE": "1"}):
             yield
 
 

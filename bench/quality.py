@@ -30,8 +30,8 @@ MOST_OF_HMC = 32  # steps: each is a trajectory
 class Target:
     """A law in the plane, known by quadrature over a fine grid; its energy again in torch, and of one x `[2]` in JAX."""
 
-    def __init__(self, name: str, expression: ef.Expression, step_size: float, energy=None, jax=None, trajectory: float = 0.45):
-        self.name, self.expression, self.step_size, self.trajectory = name, expression, step_size, trajectory
+    def __init__(self, name: str, expression: ef.Expression, step_size: float, energy=None, jax=None, leapfrog_step: float = 0.25):
+        self.name, self.expression, self.step_size, self.leapfrog_step = name, expression, step_size, leapfrog_step
         self.energy, self.jax = energy, jax
         points = (torch.arange(CELLS * FINE, dtype=torch.float64) + 0.5) / (CELLS * FINE) * 2 * REACH - REACH
         grid = torch.cartesian_prod(points, points).float()
@@ -126,7 +126,7 @@ def measure(target: Target, ladder: tuple[int, ...], rounds: int) -> None:
         times = compare([Variant(name, partial(ways[name], steps, 0), lambda: None) for name in chosen], rounds=rounds)
         for name in chosen:
             curves[name].append([steps, quantiles(times[name])["median"], target.distance(ways[name](steps, 7))])
-    record("quality", {"case": target.name, "chains": CHAINS, "step_size": target.step_size, "trajectory": target.trajectory,
+    record("quality", {"case": target.name, "chains": CHAINS, "step_size": target.step_size, "leapfrog_step": target.leapfrog_step,
                        "leapfrogs": quality_methods.LEAPFROGS},
            {"curves": curves, "floor": target.floor(), "columns": ["steps", "seconds", "total variation"], "threads_used": 1,
             "not_timed": trouble})

@@ -56,7 +56,7 @@ def torchebm(target, start: Tensor, name: str) -> Method:
             return target.energy(x)
 
     sampler = LangevinDynamics(Model(), step_size=target.step_size / 2) if name == "Langevin" else \
-        HamiltonianMonteCarlo(Model(), step_size=target.trajectory, n_leapfrog_steps=LEAPFROGS)
+        HamiltonianMonteCarlo(Model(), step_size=target.leapfrog_step, n_leapfrog_steps=LEAPFROGS)
     return lambda steps, seed: sampler.sample(x=start, n_steps=steps, generator=torch.Generator().manual_seed(seed))
 
 
@@ -100,7 +100,7 @@ def blackjax(target, start: Tensor, name: str) -> Method:
 
     energy = target.jax()
     kernel = blackjax.mala(lambda x: -energy(x), target.step_size / 2) if name == "MALA" else \
-        blackjax.hmc(lambda x: -energy(x), target.trajectory, jnp.ones(2), LEAPFROGS)
+        blackjax.hmc(lambda x: -energy(x), target.leapfrog_step, jnp.ones(2), LEAPFROGS)
 
     def step(key, states):
         return jax.vmap(kernel.step)(jax.random.split(key, len(start)), states)[0]
@@ -110,7 +110,7 @@ def blackjax(target, start: Tensor, name: str) -> Method:
 
 def makers(target, start: Tensor) -> dict[str, Callable[[], Method]]:
     """Every method by its name, "who sampler", each made when it is called."""
-    h, far = target.step_size, target.trajectory
+    h, far = target.step_size, target.leapfrog_step
     samplers = {"Langevin": ef.Langevin(step_size=h), "MALA": ef.MALA(h), "HMC": ef.HMC(far, LEAPFROGS)}
     kinds = {"Langevin": lambda e: langevin_step(e, h), "MALA": lambda e: mala_step(e, h),
              "HMC": lambda e: hmc_step(e, far, LEAPFROGS)}

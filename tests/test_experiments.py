@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import ebmfast as ef
-from ebmfast import cli, evaluation, experiments, models, zoo
+from ebmfast import cli, evaluation, experiments, models, scenes, zoo
 from ebmfast.experiments import All, Any, Count, Is, Law, Not, Row, Settings, judge_cli, observations, position
 from ebmfast.experiments.measures import free_attributes, kernel_distance, mean, share
 from ebmfast.experiments.protocol import Models, Protocol, density, expression
@@ -483,14 +483,15 @@ def test_unseen_pairs_need_models_that_have_some(capsys, folders, tmp_path):
 def test_readers_are_trained_and_written_with_their_scores(capsys, monkeypatch, tmp_path, kind):
     data = scene_sheet.load() if kind == "judge" else Counted(scene_sheet.load().images, (scene_sheet.load().shape >= 1).long())
     asked = []
-    monkeypatch.setattr(experiments.judge_cli, "config_of", lambda name, resolution: asked.append((name, resolution)) or name)
-    monkeypatch.setattr(judge_cli.scenes, "load", lambda config, root: data)
+    monkeypatch.setattr(judge_cli.scenes, "load", lambda config, root: asked.append(config) or data)
     monkeypatch.setattr(evaluation, "_fit", functools.partial(_briefly, evaluation._fit))
-    status = cli.main(["judge", kind, "--epochs", "1", "--quiet", "--out", str(tmp_path)])
+    status = cli.main(["judge", kind, "--epochs", "1", "--count", "64", "--quiet", "--out", str(tmp_path)])
     text = capsys.readouterr().out
     assert status == 0 and f"{tmp_path / kind}.json: " in text
-    assert asked == [("train", 32), ("test", 32)] if kind == "judge" else asked == [("objects-judge", 32), ("objects-test", 32)]
+    train, test = map(scenes.named, ("train", "test") if kind == "judge" else ("objects-judge", "objects-test"))
+    assert asked == [dataclasses.replace(train, count=64), test]
     about, reader = json.loads((tmp_path / f"{kind}.json").read_text()), zoo.load_from(tmp_path, kind)
+    assert about["command"].endswith("--count 64") and "--count 64" in about["data"]
     assert about["kind"] == kind and about["shape"] == [3, 32, 32] and not reader.training
     wanted = {"present", "position", "size", "shape", "color"} if kind == "judge" else {"count", "count 0", "count 1"}
     assert wanted <= about["scores"].keys()

@@ -16,7 +16,6 @@ import torch
 
 from .. import __version__, scenes, zoo
 from . import position
-from .judge_cli import config_of
 from .observations import KEPT, observe
 from .protocol import CHOSEN, TUNING_SEED, Models, Protocol, Scored, Settings, has_not
 from .registry import EVERYWHERE, EXPERIMENTS, Experiment
@@ -114,7 +113,7 @@ def _reader(path: Path | None, kind: str, models: Models):
 def _data(name: str, models: Models, root):
     """A set of clean renders at the models' size, or a sentence that says how to make it."""
     try:
-        return scenes.load(config_of(name, models.shape[-1]), root)
+        return scenes.load(scenes.named(name, models.shape[-1]), root)
     except (FileNotFoundError, ValueError) as missing:
         return str(missing)
 

@@ -48,11 +48,12 @@ def at_resolution(config: SceneConfig, resolution: int) -> SceneConfig:
     return replace(config, resolution=resolution, palette=20, camera_jitter=0.15, tint_jitter=0.08)
 
 
-def named(name: str, resolution: int = 32) -> SceneConfig:
-    """A set by name, at a resolution; ValueError lists the names."""
+def named(name: str, resolution: int = 32, count: int | None = None) -> SceneConfig:
+    """A set by name, at a resolution, with another number of pictures if `count` is given; ValueError lists the names."""
     if name not in SETS:
         raise ValueError(f"no data set named {name!r}; there are {', '.join(SETS)}")
-    return at_resolution(SETS[name], resolution)
+    config = at_resolution(SETS[name], resolution)
+    return replace(config, count=count) if count else config
 
 
 def command_of(config: SceneConfig, root) -> str:

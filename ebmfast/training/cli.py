@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default=None, help="folder of card and weights, all else in OUT/MODEL.run (default: runs/GROUP)")
     parser.add_argument("--data", default="data", help="folder of rendered data sets (default: data)")
     parser.add_argument("--scenes", default=None, metavar="NAME", help="another data set; `ebmfast scenes --help` lists them")
+    parser.add_argument("--count", type=int, default=None, help="pictures of that set, as `ebmfast scenes --count` rendered it")
     parser.add_argument("--celeba", default="data/celeba", metavar="DIR",
                         help="folder of img_align_celeba (or its zip) and list_attr_celeba.txt (default: data/celeba)")
     parser.add_argument("--resolution", type=int, default=32, help="pixels per side (default: 32)")
@@ -63,8 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_contrastive_arguments(parser)
 
 
-DEFAULTS = {"batch": None, "learning_rate": None, "contrast": 0.04, "resolution": 32, "scenes": None, "celeba": "data/celeba",
-            "start_from": None}
+DEFAULTS = {"batch": None, "learning_rate": None, "contrast": 0.04, "resolution": 32, "scenes": None, "count": None,
+            "celeba": "data/celeba", "start_from": None}
 
 
 def command_of(args: argparse.Namespace, config, defaults: dict = DEFAULTS) -> str:

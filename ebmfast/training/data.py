@@ -44,7 +44,7 @@ def scenes(args: argparse.Namespace) -> TrainingData:
     """Rendered scenes."""
     from .. import scenes as sets
 
-    source = sets.named(args.scenes or RECIPES[args.concept].data, args.resolution)
+    source = sets.named(args.scenes or RECIPES[args.concept].data, args.resolution, args.count)
     recipe = RECIPES[args.concept].at(args.resolution, source.palette)
     data = sets.load(source, args.data).with_object()
     several = isinstance(data, sets.ObjectsData)
