@@ -397,6 +397,7 @@ def folders(tmp_path_factory):
     dims = {"position": 2, "size": 1, "shape": 3, "color": 6}
     for name, dim in dims.items():
         energy(root / "zoo", name, dim)
+        energy(root / "hybrid", name, dim, recipe={"contrast_weight": 0.04})
         cubes(root / "paper", name, dim)
     for name in ("position", "shape", "color"):
         energy(root / "continual", name, dims[name])
@@ -453,6 +454,15 @@ def test_models_in_bfloat16_are_said_to_be(capsys, folders, tmp_path):
     ours = [data["lines"][0] for data in found.values()]
     assert "weights shape 2" in ours[0]["density"] and "12 steps a level" in ours[0]["density"]
     assert "weights" not in next(line for line in found[()]["lines"] if line["by"] == "contrastive divergence")["density"]
+
+
+def test_hybrid_models_are_reported_with_and_without_their_cross_entropy(capsys, folders, tmp_path):
+    args = ["-n", 8, "--conditions", 4, "--quiet", "--out", tmp_path, "--judge", folders / "readers" / "judge.json"]
+    for twins in ([], [f"--models=twins={folders / 'zoo'}"]):
+        assert cli.main([str(a) for a in ("evaluate", "concepts", f"--models=zoo={folders / 'hybrid'}", *twins, *args)]) == 0
+        assert ("without cross-entropy: not trained: --models twins=DIR" in capsys.readouterr().out) == (not twins)
+    made = [line["by"] for line in json.loads((tmp_path / "concepts.json").read_text())["lines"] if line["density"]]
+    assert made == ["score matching, hybrid", "score matching"] * 4
 
 
 def test_what_is_missing_is_said(capsys, folders, tmp_path, monkeypatch):

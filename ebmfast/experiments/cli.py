@@ -24,7 +24,8 @@ from .tree import Any, Count
 
 KINDS = {"zoo": "the concepts of most tables (default: the bundled ones)", "objects": "a position model for several objects",
          "continual": "the stages of continual learning", "pairs": "shape and color, trained without some pairs",
-         "joint": "one model conditioned on everything", "paper": "concepts trained by contrastive divergence, as in the paper"}
+         "joint": "one model conditioned on everything", "twins": "the concepts again, trained without cross-entropy",
+         "paper": "concepts trained by contrastive divergence, as in the paper"}
 INFERENCE = "inference"
 NAMES = (*EXPERIMENTS, INFERENCE)
 VARIATIONS = ("color", "light", "size", "type")
@@ -156,11 +157,17 @@ def _experiment(name: str, args, folders) -> Table:
 
 
 def _lines(row, experiment: Experiment, models: Models, folders, protocol: Protocol, real) -> list[Scored]:
-    """Our samples, and the four rows beside them."""
+    """Our samples, those of twins of hybrid models trained without cross-entropy, and the four rows beside them."""
     lines = [protocol.sampled(row, models)]
     if has_not(row.tree) and not isinstance(row.tree, Any):
         settings = replace(CHOSEN.get(row.title, Settings()), odds=None)
         lines.append(protocol.sampled(row, models, settings, f"{models.method}, divided by p^alpha"))
+    if models.hybrid and experiment.models == "zoo":
+        twins = _models("twins", folders)
+        if twins is not None and all(c in twins.families for c in row.tree.concepts):
+            lines.append(protocol.sampled(row, twins))
+        else:
+            lines.append(Scored(row.title, "without cross-entropy", {}, note="not trained: --models twins=DIR"))
     lines.append(protocol.chance(row))
     counted = any(isinstance(node, Count) for node in row.columns.values())
     lines.append(Scored(row.title, "real renders", {}, note=real) if isinstance(real, str) else protocol.renders(row))
@@ -198,6 +205,9 @@ def _inference(args, folders) -> Table:
         lines += [line for line in position.by_kind(sets, paper, protocol) if line.by.startswith(paper.method)]
     else:
         lines.append(Scored("one observation", "contrastive divergence", {}, note="not trained: --models paper=DIR"))
+    twins = _models("twins", folders)
+    if twins is not None and sets and "position" in twins.families:
+        lines += [line for line in position.by_kind(sets, twins, protocol) if line.by.startswith(twins.method)]
     absent = [f"{name}: {text}" for name, text in found.items() if isinstance(text, str)]
     note = ("Observations of one object differ in their surroundings; those of one position also in what stands there."
             + "".join(f" Left out, {a}." for a in absent))
