@@ -64,7 +64,7 @@ CHOSEN: dict[str, Settings] = {  # by the title of a row
     "(shape 1 AND color 1) OR (shape 2 AND color 2)": SHARP_SHAPE,
     "shape AND (color 1 OR color 2) AND NOT position": SHARP_SHAPE,
     "two positions": Settings(prior_weight=0.7, levels=24),
-    "three positions": Settings(prior_weight=0.7, levels=24),
+    "three positions": Settings(prior_weight=0.85),
     "after shape": SHARP_SHAPE,
     "after color": Settings(weights=(("shape", 2.0), ("position", 1.5)), levels=24),
     "seen pairs": PAIRS,
