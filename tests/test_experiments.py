@@ -465,6 +465,23 @@ def test_hybrid_models_are_reported_with_and_without_their_cross_entropy(capsys,
     assert made == ["score matching, hybrid", "score matching"] * 4
 
 
+def test_rows_without_a_model_are_left_out_and_said(capsys, folders, tmp_path):
+    args = [f"--models=zoo={folders / 'objects'}", "-n", 8, "--conditions", 4, "--quiet", "--out", tmp_path,
+            "--judge", folders / "readers" / "judge.json"]
+    assert cli.main([str(a) for a in ("evaluate", "concepts", *args)]) == 0
+    data = json.loads((tmp_path / "concepts.json").read_text())
+    assert {line["row"] for line in data["lines"] if line["density"]} == {"position"}
+    assert "score matching: left out, there is no model named 'shape' (shape)" in capsys.readouterr().out
+    assert cli.main([str(a) for a in ("evaluate", "three", *args)]) == 2
+    assert "'three' needs a model named 'color'; there are position" in capsys.readouterr().err
+
+
+def test_pictures_of_64_pixels_have_twenty_colours():
+    cards = {"position": {"name": "position", "shape": [3, 64, 64]}}
+    assert Models({}, cards).law.colors == 20 == scenes.named("train", 64).palette
+    assert Models({}, cards | {"color": {"name": "color", "condition_dim": 8, "shape": [3, 64, 64]}}).law.colors == 8
+
+
 def test_what_is_missing_is_said(capsys, folders, tmp_path, monkeypatch):
     monkeypatch.setattr(zoo, "__file__", str(tmp_path / "elsewhere" / "__init__.py"))
     status, text, _ = evaluate(capsys, folders, tmp_path, "concepts", kinds=("zoo",))

@@ -143,15 +143,17 @@ def _experiment(name: str, args, folders) -> Table:
     models = _models(experiment.models, folders)
     if models is None:
         raise ValueError(f"{name!r} needs models that are not bundled: --models {experiment.models}=DIR")
-    missing = [c for row in experiment.rows for c in row.tree.concepts if c not in models.families]
-    if missing:
-        raise ValueError(f"{name!r} needs a model named {missing[0]!r}; there are {', '.join(models.families)}")
+    lacking = {row.title: c for row in experiment.rows for c in row.tree.concepts if c not in models.families}
+    rows = [row for row in experiment.rows if row.title not in lacking]
+    if not rows:
+        raise ValueError(f"{name!r} needs a model named {next(iter(lacking.values()))!r}; there are {', '.join(models.families)}")
     reader = _reader(args.counter if experiment.reader == "counter" else args.judge, experiment.reader, models)
     real = _data("objects-test" if experiment.reader == "counter" else "test", models, args.data)
     protocol = _protocol(args, models, reader, real)
-    lines = [line for row in experiment.rows for line in _lines(row, experiment, models, folders, protocol, real)]
-    columns = dict.fromkeys(c for row in experiment.rows for c in row.columns)
-    floors = [(row.title, column, *floor) for row in experiment.rows for column, floor in (row.floors | EVERYWHERE).items()]
+    lines = [line for row in rows for line in _lines(row, experiment, models, folders, protocol, real)]
+    lines += [Scored(title, models.method, {}, note=f"left out, there is no model named {c!r}") for title, c in lacking.items()]
+    columns = dict.fromkeys(c for row in rows for c in row.columns)
+    floors = [(row.title, column, *floor) for row in rows for column, floor in (row.floors | EVERYWHERE).items()]
     return Table(name, experiment.title, (*columns, "object present", "free attributes", "kernel distance"), lines,
                  _facts(args, models), floors, experiment.paper, experiment.note, ours=models.method)
 

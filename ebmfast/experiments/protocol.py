@@ -114,7 +114,8 @@ class Models:
     def law(self) -> Law:
         """The law of training labels, as far as the cards say."""
         about = self.cards.get("color", self.cards.get("joint", {}))
-        colors = about.get("condition_dim", 6) - (6 if about.get("name") == "joint" else 0)
+        palette = 20 if self.shape[-1] >= 64 else 6  # of the rendered sets
+        colors = about["condition_dim"] - (6 if about["name"] == "joint" else 0) if about else palette
         shapes = list(self.cards["shape"]["labels"]) if "shape" in self.cards else []
         names = list(about.get("labels") or [])
         hidden = {tuple(p) for card in self.cards.values() for p in card.get("held_out", ())}
