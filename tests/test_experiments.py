@@ -286,6 +286,7 @@ def test_tables_are_written_for_people_and_for_programs(tmp_path):
     row = Row("and", All(P, C), {"position": P, "all": All(P, C)})
     run = protocol(n=40, conditions=10)
     lines = [run.sampled(row, world()), run.chance(row), run.renders(row)]
+    lines[1].density = "p(x | c)"
     floors = [("and", "position", ">=", 0.5), ("and", "all", "<=", 0.1)]
     paper = (("row", "x"), ("and", ".5"))
     table = Table("and", "A table", ("position", "all", "kernel distance"), lines, {"n": 40}, floors, paper, "So.")
@@ -295,6 +296,7 @@ def test_tables_are_written_for_people_and_for_programs(tmp_path):
     assert "| and " in text and "real renders" in text and "reached" in text and "missed" in text and ".5" in text
     widths = {len(line) for line in text.split("\n\n")[2].splitlines()}
     assert len(widths) == 1  # columns are aligned
+    assert r"p(x \| c)" in text  # a bare bar would begin another cell
     first = data["lines"][0]
     assert first["by"] == "score matching" and set(first["cells"]["position"]) == {"value", "low", "high"}
     assert [f["reached"] for f in data["floors"]] == [True, False]

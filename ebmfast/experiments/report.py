@@ -127,7 +127,8 @@ def _cell(cell: Cell | None) -> str:
 
 
 def _rows(rows: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table, its columns aligned."""
+    """A Markdown table, its columns aligned; a bar within a cell is escaped."""
+    rows = [[v.replace("|", "\\|") for v in r] for r in rows]
     width = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
     text = ["| " + " | ".join(v.ljust(w) for v, w in zip(r, width)) + " |" for r in rows]
     return [text[0], "|" + "|".join("-" * (w + 2) for w in width) + "|", *text[1:]]
