@@ -22,12 +22,12 @@ $(VENV)/.triton: constraints.txt $(STAMP)
 	$(VENV)/bin/pip install --quiet -c constraints.txt "triton; platform_system == 'Linux' and platform_machine == 'x86_64'"
 	touch $@
 
-# The second run interprets the Triton kernels; the first compiles them.
 # Large, and only tests of data sets need them: readers and an engine of others.
 $(VENV)/.datasets: constraints.txt $(STAMP)
 	$(VENV)/bin/pip install --quiet -c constraints.txt datasets webdataset ray
 	touch $@
 
+# The second run interprets the Triton kernels; the first compiles them.
 test: $(STAMP) $(VENV)/.triton $(VENV)/.datasets
 	$(VENV)/bin/python -m pytest -q
 	if [ "$$(uname -sm)" = "Linux x86_64" ]; then \
