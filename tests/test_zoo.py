@@ -154,7 +154,7 @@ def test_a_part_of_each_prior_can_be_taken_out():
 
 
 @pytest.mark.parametrize("group, members", [
-    ("objects", ["position"]), ("continual", ["color", "position", "shape"]), ("paper", ["color"]),
+    ("objects", ["position"]), ("continual", ["color", "position", "shape"]), ("paper", ["color", "position"]),
     ("pairs", ["color", "shape"])])
 def test_models_of_one_experiment_lie_in_a_folder_of_their_own(group, members):
     folder = zoo.folder(group)
