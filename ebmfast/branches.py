@@ -179,16 +179,18 @@ def log_partition(expr: Expression, shape: Sequence[int], *, mean: float = 0.0, 
     Returns:
         log Z, and the standard error of it (delta method over chains).
     """
-    from .sampling import sample
+    from .plan import Plan
+    from .sampling import _device, sample
 
     if isinstance(levels, bool) or not isinstance(levels, int) or levels < 1:
         raise ValueError(f"`levels` must be a positive integer, got {levels!r}")
     if not std > 0:
         raise ValueError(f"`std` must be positive, got {std}")
-    seed, shape = rng.resolve_seed(seed), (shape,) if isinstance(shape, int) else tuple(shape)
+    seed, shape = rng.resolve_seed(seed), (shape,) if hasattr(shape, "__index__") else tuple(shape)
     size = math.prod(shape)
     base = Concept(lambda x: (x - mean).square().flatten(1).sum(1) / (2 * std**2), name="base")
-    x = mean + std * rng.normal(shape, n, seed=seed, step=0, stream=rng.INIT)
+    device = _device(options.get("device"), Plan(expr))
+    x = mean + std * rng.normal(shape, n, seed=seed, step=0, stream=rng.INIT, device=device)
     logs = torch.zeros(n, dtype=torch.float64)
     conditions = options.get("conditions")
     for level in range(levels):

@@ -7,10 +7,12 @@ import dataclasses
 import json
 import sys
 import time
+import warnings
 from pathlib import Path
 
 from . import __version__, images, sampling, zoo
-from .backends import BackendUnavailableError
+from .backends import NAMES, BackendUnavailableError
+from .composition import IF_MEANT, UngroundedNegationError
 from .expressions import parse
 from .samplers import Annealed
 
@@ -32,13 +34,19 @@ def main(argv: list[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
-        return args.run(args)
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            return args.run(args)
     except KeyboardInterrupt as stop:
         print(f"\nebmfast: {stop or 'interrupted'}", file=sys.stderr)
         return 130
     except (ValueError, TypeError, ImportError, OSError, ArithmeticError, BackendUnavailableError) as error:
         print(f"ebmfast {args.command}: error: {error}", file=sys.stderr)
         return 2
+
+
+def _warn(message, *_) -> None:
+    print(f"ebmfast: warning: {message}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -93,7 +101,7 @@ examples:
                         help=".png for a grid, .safetensors for x, energies and leaf energies (default: %(default)s)")
     parser.add_argument("--models", type=Path, action="append", default=[], metavar="DIR",
                         help="a folder with NAME.json and NAME.safetensors from `ebmfast train`; may be repeated")
-    parser.add_argument("--backend", default="auto", help="auto, cpu or reference (default: %(default)s)")
+    parser.add_argument("--backend", default="auto", help=f"{', '.join(NAMES)} or auto (default: %(default)s)")
     parser.add_argument("--steps-per-level", type=int, help="Langevin steps per noise level (default: the card's)")
     parser.add_argument("--levels", type=int, help="noise levels (default: the card's)")
     parser.add_argument("--drift", type=float, help="step size as a fraction of sigma^2 (default: the card's)")
@@ -120,17 +128,28 @@ def models_of(folders):
 
 
 def _sampler(base, args):
-    levels = args.levels or len(base.sigmas)
-    return Annealed.geometric(base.sigmas[0], base.sigmas[-1], levels, denoise=base.denoise,
-                              steps_per_level=args.steps_per_level or base.steps_per_level,
-                              drift=args.drift or base.drift)
+    def given(value, default):
+        return default if value is None else value
+
+    return Annealed.geometric(base.sigmas[0], base.sigmas[-1], given(args.levels, len(base.sigmas)), denoise=base.denoise,
+                              steps_per_level=given(args.steps_per_level, base.steps_per_level),
+                              drift=given(args.drift, base.drift))
 
 
 def _sample(args) -> int:
     if args.out.suffix not in (".png", ".safetensors"):
         raise ValueError(f"`--out` must end in .png or .safetensors, got {args.out}")
+    for name in ("columns", "scale"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"`--{name}` must be 1 or more, got {getattr(args, name)}")
+    if args.out.suffix == ".png":
+        images.check()  # before an hour of sampling
     families, cards = models_of(args.models)
     written = parse(args.expression, families)
+    try:
+        written.check_grounded()
+    except UngroundedNegationError as error:  # as it was written, and without what only Python has
+        raise ValueError(str(error).removesuffix(IF_MEANT)) from None
     expression, base = zoo.recommended(written, cards)
     expression = written if args.no_prior else expression
     shape = cards[next(leaf.family.name for leaf in expression.leaves if leaf.family is not None)]["shape"]
@@ -168,6 +187,7 @@ def _add_demo(commands) -> None:
 
 
 def _demo(args) -> int:
+    images.check()
     families, rows, titles = zoo.concepts(), [], []
     started = time.perf_counter()
     for title, text in DEMO:

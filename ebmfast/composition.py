@@ -18,6 +18,7 @@ import difflib
 import inspect
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -30,6 +31,7 @@ from .program import Program
 from .weights import Weight, add, as_weight, combine, from_data, lowest, multiply, to_data
 
 PAPER_ALPHA = 0.01
+IF_MEANT = " If you mean it, bound the domain (clamp=(lo, hi)) or pass allow_improper=True"
 
 Condition = float | Sequence[float] | torch.Tensor
 Pair = Sequence[float]  # (low, high)
@@ -64,6 +66,7 @@ class Source:
     negation_alpha: float | None = None
     returns: str = "energy"
     gradient: Callable | None = None
+    shape: tuple[int, ...] | None = None
 
     @property
     def key(self) -> tuple:
@@ -79,7 +82,7 @@ class Source:
 RETURNS = ("energy", "gradient", "score")
 
 
-def _source(model, name, takes_sigma, reduce, data_range, sigma, negation_alpha, returns="energy", gradient=None) -> Source:
+def _source(model, name, takes_sigma, reduce, data_range, sigma, negation_alpha, returns, gradient, shape) -> Source:
     if not callable(model):
         raise TypeError(f"`model` must be a module or a function energy(x) or energy(x, condition), got {model!r}")
     if returns not in RETURNS:
@@ -100,7 +103,8 @@ def _source(model, name, takes_sigma, reduce, data_range, sigma, negation_alpha,
         model, name, "sigma" in parameters if takes_sigma is None else bool(takes_sigma), "keep" in parameters,
         reduce, None if data_range is None else tuple(map(float, data_range)),
         None if sigma is None else tuple(map(float, sigma)),
-        None if negation_alpha is None else as_weight(negation_alpha, "negation_alpha"), returns, gradient)
+        None if negation_alpha is None else as_weight(negation_alpha, "negation_alpha"), returns, gradient,
+        None if shape is None else tuple(map(int, shape)))
 
 
 class Expression:
@@ -178,8 +182,7 @@ class Expression:
         raise UngroundedNegationError(
             f"{self!r} is not grounded: its weights add up to {tail:g} far from the data, so exp(-E) has no"
             " finite integral and chains run away. A negation needs something it is taken from: write"
-            " `a & ~b` with a smaller alpha (`negate(b, alpha=0.1)`), and in an OR ground every branch."
-            " If you mean it, bound the domain (clamp=(lo, hi)) or pass allow_improper=True")
+            f" `a & ~b` with a smaller alpha (`negate(b, alpha=0.1)`), and in an OR ground every branch.{IF_MEANT}")
 
     def energy(self, x: torch.Tensor, sigma: float | None = None,
                conditions: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
@@ -198,7 +201,9 @@ class Expression:
                  conditions: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
         """∇E(x) = Σ_k w_k(x) ∇E_k(x), `[B, *S]`, w = ∂E/∂E_k; from one batched forward-backward."""
         from .plan import Plan
-        return Plan(self).bind(x, conditions).gradient(x, sigma)
+        with torch.inference_mode(False), torch.enable_grad():
+            x = x.clone() if isinstance(x, torch.Tensor) and x.is_inference() else x
+            return Plan(self).bind(x, conditions).gradient(x, sigma)
 
     def explain(self) -> str:
         """What will be evaluated: the simplified tree, its leaves, and how they are batched."""
@@ -206,7 +211,16 @@ class Expression:
         return Plan(self).explain()
 
     def to_json(self) -> str:
-        """The tree as JSON, models by name; `from_json` reads it back."""
+        """The tree as JSON, models by name; `from_json` reads it back.
+
+        Raises:
+            ValueError: two models have one name, so that nobody could tell them apart.
+        """
+        models: dict[str, tuple] = {}
+        for leaf in self.leaves:
+            name = leaf.name if leaf.family is None else leaf.family.name
+            if models.setdefault(name, leaf.source.key) != leaf.source.key:
+                raise ValueError(f"two models are named {name!r}: give them names, as in Concept(model, name=...)")
         return json.dumps(_to_data(self))
 
 
@@ -226,6 +240,7 @@ class Concept(Expression):
         returns: "energy"; or what the model returns in its place, shaped as x: "score", ∇log p = -∇E, or "gradient", ∇E.
             Such concepts compose in sums (AND, NOT), which need no energies, and results have none.
         gradient: a function of the model's arguments that returns ∇E, `[B, *S]`, used in the place of autograd.
+        shape: S, where the model knows x of one shape only; others are refused.
 
     Two concepts of the same model under the same condition are the same leaf.
     """
@@ -238,9 +253,9 @@ class Concept(Expression):
     def __init__(self, model: Callable[..., torch.Tensor], condition: Condition | Slot | None = None, name: str | None = None, *,
                  reduce: str | None = None, takes_sigma: bool | None = None, data_range: Pair | None = None,
                  sigma: Pair | None = None, negation_alpha: Weight | None = None, returns: str = "energy",
-                 gradient: Callable[..., torch.Tensor] | None = None) -> None:
+                 gradient: Callable[..., torch.Tensor] | None = None, shape: Sequence[int] | None = None) -> None:
         name = name or getattr(model, "__name__", None) or type(model).__name__
-        source = _source(model, name, takes_sigma, reduce, data_range, sigma, negation_alpha, returns, gradient)
+        source = _source(model, name, takes_sigma, reduce, data_range, sigma, negation_alpha, returns, gradient, shape)
         self._set(source, _as_condition(condition, name), name, None)
 
     def _set(self, source, condition, name, family):
@@ -269,7 +284,8 @@ class Family:
         labels: `{label: condition vector}`; then `family("label")` is a concept.
         unconditional: whether the model has an unconditional energy (called with `condition=None`).
         condition_dim: the width C of a condition; taken from `labels` where they are given.
-        data_range, sigma, negation_alpha, takes_sigma, reduce, returns, gradient: as in `Concept`.
+        data_range, sigma, negation_alpha, takes_sigma, reduce, returns, gradient, shape: as in `Concept`.
+        ranges: (low, high) of every number of a condition, as far as the model was trained; others draw a warning.
 
     `family("red")`, `family(0.2, 0.8)`, `family([0.2, 0.8])` and `family[Slot("c")]` are concepts.
     """
@@ -278,14 +294,18 @@ class Family:
                  unconditional: bool = False, condition_dim: int | None = None, data_range: Pair | None = None,
                  sigma: Pair | None = None, negation_alpha: Weight | None = None, takes_sigma: bool | None = None,
                  reduce: str | None = None, returns: str = "energy",
-                 gradient: Callable[..., torch.Tensor] | None = None) -> None:
+                 gradient: Callable[..., torch.Tensor] | None = None, shape: Sequence[int] | None = None,
+                 ranges: Sequence[Pair] | None = None) -> None:
         self.name = name
         self.labels = {str(k): _as_condition(v, f"{name}[{k!r}]") for k, v in (labels or {}).items()}
         widths = {len(v) for v in self.labels.values()} | ({condition_dim} if condition_dim else set())
         if len(widths) > 1:
             raise ValueError(f"conditions of {name!r} must have one width, got {sorted(widths)}")
         self.condition_dim = widths.pop() if widths else None
-        self.source = _source(model, name, takes_sigma, reduce, data_range, sigma, negation_alpha, returns, gradient)
+        self.ranges = tuple((float(low), float(high)) for low, high in ranges or ())
+        if self.ranges and self.condition_dim not in (None, len(self.ranges)):
+            raise ValueError(f"`ranges` of {name!r} must be {self.condition_dim} pairs (low, high), got {len(self.ranges)}")
+        self.source = _source(model, name, takes_sigma, reduce, data_range, sigma, negation_alpha, returns, gradient, shape)
         self._unconditional = unconditional
 
     def __repr__(self):
@@ -316,7 +336,18 @@ class Family:
         if self.condition_dim is not None and len(vector) != self.condition_dim:
             raise ValueError(
                 f"a condition of {self.name!r} must have {self.condition_dim} numbers, got {len(vector)}")
-        return self._concept(vector, f"{self.name}({', '.join(f'{v:g}' for v in vector)})")
+        text = f"{self.name}({', '.join(f'{v:g}' for v in vector)})"
+        if any(not low - 1e-6 <= value <= high + 1e-6 for value, (low, high) in zip(vector, self.ranges)):
+            known = ", ".join(f"{low:g} to {high:g}" for low, high in self.ranges)
+            warnings.warn(f"{text} lies outside the conditions that its model was trained on: {known}", stacklevel=2)
+        return self._concept(vector, text)
+
+    def _not_a_concept(self, *_) -> NoReturn:
+        """What operators of expressions do with a family."""
+        label = repr(next(iter(self.labels))) if self.labels else ", ".join(["0.5"] * (self.condition_dim or 1))
+        raise TypeError(f"{self.name} is a family of concepts and needs a condition, as in {self.name}({label})")
+
+    __and__ = __rand__ = __or__ = __ror__ = __invert__ = __mul__ = __rmul__ = __iter__ = _not_a_concept
 
     def _label(self, label: str) -> tuple[float, ...]:
         if label in self.labels:
@@ -335,10 +366,10 @@ class Family:
 def _as_condition(condition, name: str):
     if condition is None or isinstance(condition, Slot):
         return condition
+    if hasattr(condition, "tolist"):
+        condition = condition.tolist()
     if isinstance(condition, Real):
         condition = [condition]
-    if isinstance(condition, torch.Tensor):
-        condition = condition.tolist()
     try:
         values = tuple(float(v) for v in condition)
     except (TypeError, ValueError):
@@ -424,12 +455,13 @@ def _bracketed(expression: Expression, when: bool) -> str:
 
 
 def _term_text(weight: Weight, expression: Expression) -> str:
-    infix_or = isinstance(expression, LogSumExp) and " | " in repr(expression)
+    bare = repr(expression)  # once: at every level of a tree
+    infix_or = isinstance(expression, LogSumExp) and " | " in bare
     if weight == 1.0:
-        return _bracketed(expression, infix_or)
-    text = _bracketed(expression, infix_or or isinstance(expression, Sum))
+        return f"({bare})" if infix_or else bare
+    text = f"({bare})" if infix_or or isinstance(expression, Sum) else bare
     if isinstance(weight, float) and weight < 0:
-        return f"~{text}" if -weight == _own_alpha(expression) else f"negate({expression!r}, alpha={-weight:g})"
+        return f"~{text}" if -weight == _own_alpha(expression) else f"negate({bare}, alpha={-weight:g})"
     return f"{weight:g}*{text}" if isinstance(weight, float) else f"{weight!r}*{text}"
 
 
@@ -522,9 +554,9 @@ def _number(value, name: str) -> float:
     return value
 
 
-def _own_alpha(expression: Expression) -> float:
+def _own_alpha(expression: Expression) -> Weight:
     alphas = {leaf.source.negation_alpha for leaf in _walk(expression)}
-    return min(PAPER_ALPHA if a is None else a for a in alphas) if alphas else PAPER_ALPHA
+    return min((PAPER_ALPHA if a is None else a for a in alphas), key=lowest, default=PAPER_ALPHA)
 
 
 def _children(expression: Expression) -> tuple[Expression, ...]:
@@ -684,14 +716,24 @@ def _to_data(expression: Expression) -> dict:
     raise TypeError(f"{expression!r} is not an expression")
 
 
+def by_name(models: Mapping[str, Family | Concept] | Iterable[Family | Concept]) -> Mapping[str, Family | Concept]:
+    """Models by name, or an error where two have one."""
+    if isinstance(models, Mapping):
+        return models
+    found: dict[str, Family | Concept] = {}
+    for model in models:
+        if found.setdefault(model.name, model) is not model:
+            raise ValueError(f"two of `models` are named {model.name!r}: give them names, or pass a mapping")
+    return found
+
+
 def from_json(text: str, models: Mapping[str, Family | Concept] | Iterable[Family | Concept]) -> Expression:
     """The expression that `to_json` wrote, its models looked up by name in `models`.
 
     Raises:
         ValueError: the text is not such a document, or names a model that `models` lacks.
     """
-    if not isinstance(models, Mapping):
-        models = {m.name: m for m in models}
+    models = by_name(models)
     try:
         data = json.loads(text)
     except json.JSONDecodeError as error:

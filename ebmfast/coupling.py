@@ -27,10 +27,11 @@ def check_rows(evaluator, x: Tensor, sigma: float | None) -> None:
         for p in part.passes:
             for member in getattr(p, "members", [p]):
                 model = member.group.source.model
-                if member.group.source.returns != "energy" or _known(model) or id(model) in part.plan.checked:
+                key = id(model), getattr(model, "training", None)
+                if member.group.source.returns != "energy" or _known(model) or key in part.plan.checked:
                     continue
                 _check(part, member, x[rows], sigma)
-                part.plan.checked.add(id(model))
+                part.plan.checked.add(key)
                 try:
                     _passed[model] = getattr(model, "training", None)
                 except TypeError:

@@ -235,8 +235,12 @@ class Chains:
         kernel = self.run_.captures.wrap(
             kernel, self.backend, call.device, watched=self.callback is not None, at_once=at_once)
         state = kernel.init(x, first, faults, {name: values[rows] for name, values in self.carried.items()})
-        watched = kernel.knows_energy and call.target - first > CHECK_EVERY
+        bounds = self.run_.sampler.clamp
+        free = bounds is None or not all(map(math.isfinite, bounds))  # within bounds nothing runs away
+        watched = kernel.knows_energy and free and call.target - first > CHECK_EVERY
         guard = Guard(self.coefficients, self.run_.plan.data_range, x, first) if watched else None
+        if at_once:
+            self._restart(rows, kernel, state, guard, first)  # what a state that resumes brings
         looked = first
         while state.step < call.target and not stop.requested:
             before = state.step
@@ -258,7 +262,8 @@ class Chains:
         self._handle_faults(rows, kernel, state, guard)
         accepted = kernel.acceptance()
         if accepted is not None:
-            self._accepted = torch.zeros(call.n, device=call.device) if self._accepted is None else self._accepted
+            if self._accepted is None:
+                self._accepted = torch.zeros(call.n, dtype=torch.float32, device=call.device)
             self._accepted[rows] = accepted
 
     def _until(self, step: int, kernel, guard: Guard | None) -> int:
@@ -276,13 +281,15 @@ class Chains:
         sigma, trace = self._sigma_of(t), self.trace
         if self.callback is not None:
             self.callback(StepInfo(t + 1, self.call.first_chain + rows.start, self.x[rows], sigma))
-            evaluator.refresh()
+            if not getattr(self.callback, "only_looks", False):
+                evaluator.refresh()
+                kernel.forget()
         if trace is None or (t + 1) % trace.every:
             return
         with torch.no_grad():
             x, energy = self.x[rows], None
             if trace.energy or trace.diagnostics:
-                known = kernel.energies_here and self.run_.on_nonfinite != "restart"
+                known = kernel.energies_here and self.run_.on_nonfinite != "restart" and self.callback is None
                 energies = kernel.info.leaf_energies if known else evaluator.energies(x, sigma)
                 energy = evaluator.total(energies, sigma)
                 energy = energy.clone() if known else energy
@@ -323,11 +330,11 @@ class Chains:
         if policy == "restart":
             self._restart(rows, kernel, state, guard)
 
-    def _restart(self, rows: slice, kernel, state, guard: Guard | None) -> None:
-        """Draw faulty chains anew, each at the step after its fault, until none is left."""
+    def _restart(self, rows: slice, kernel, state, guard: Guard | None, since: int = 0) -> None:
+        """Draw faulty chains anew, each at the step after its fault and not before `since`, until none is left."""
         while faulty := self._faulty(rows):
             for row in faulty:
-                step = int(self.faults[row]) >> 16
+                step = max(int(self.faults[row]) >> 16, since)
                 self.faults_seen.add(self._fault(row, int(self.faults[row])))
                 drawn = self.initial(row, 1, step)[0]
                 if self.frozen is not None:

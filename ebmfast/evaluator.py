@@ -93,6 +93,7 @@ class Evaluator:
             part = rows[c.name] if isinstance(c, Slot) else None
             if part is None and c is not None:
                 part = torch.tensor(c, dtype=self._dtype).expand(batch, -1)
+            part = None if part is None else part.to(self.device, self._dtype)
             same = next((ks for other, ks in found if _equal(part, other)), None)
             if same is None:
                 found.append((part, [k]))
@@ -103,8 +104,8 @@ class Evaluator:
             (a, x), (b, y), *_ = widths.items()
             raise ValueError(f"conditions of one model differ in width: {x.name} has {a} numbers, {y.name} has {b}")
         width = next(iter(widths))
-        parts = [torch.zeros(batch, width) if p is None else p for p, _ in found]
-        condition = torch.cat([p.to(self.device, self._dtype) for p in parts])
+        none = torch.zeros(batch, width, dtype=self._dtype, device=self.device)
+        condition = torch.cat([none if p is None else p for p, _ in found])
         keep = None
         if source.takes_keep:
             flags = torch.tensor([float(p is not None) for p, _ in found])
@@ -201,7 +202,7 @@ class Evaluator:
 
     def total(self, energies: list[Tensor], sigma: float | None = None) -> Tensor:
         """E(x) `[B]` from the energies of the leaves."""
-        return self.plan.program.evaluate(energies, sigma)
+        return self.plan.program.evaluate(energies, sigma) if energies else self._constant(0.0)
 
     def gradients(self, x: Tensor, sigma: float | None = None):
         """`(w_k ∇E_k(x), E_k(x))`: the weighted gradients, `[K, B, *S]` or K tensors `[B, *S]`, and K energies `[B]`,

@@ -11,7 +11,7 @@ import ast
 import difflib
 from collections.abc import Iterable, Mapping
 
-from .composition import Calibrated, Concept, Expression, Family, Slot, all_of, any_of, negate, with_prior, without
+from .composition import Calibrated, Concept, Expression, Family, Slot, all_of, any_of, by_name, negate, with_prior, without
 from .weights import AboveSigma, PiecewiseSigma
 
 FUNCTIONS = {"all_of": all_of, "any_of": any_of, "negate": negate, "with_prior": with_prior, "without": without,
@@ -32,8 +32,7 @@ def parse(text: str, models: Mapping[str, Family | Concept] | Iterable[Family | 
     Raises:
         ExpressionError: anything else; unknown names come with near matches.
     """
-    if not isinstance(models, Mapping):
-        models = {m.name: m for m in models}
+    models = by_name(models)
     try:
         tree = ast.parse(text.strip(), mode="eval")
     except (SyntaxError, ValueError) as error:

@@ -58,7 +58,7 @@ class Guard:
         if x.device.type == "cpu" and not fallen.any():  # elsewhere it would wait for the device
             return
         self._digest()
-        far = x.abs().amax(1) > FARTHEST * self.extent
+        far = (x.abs().amax(1) > FARTHEST * self.extent) & (self.extent > 0)
         ran = fallen & (far | (self.streak >= DOUBLINGS)) & (faults == 0)
         faults.copy_(torch.where(ran, (state.step << 16) + RAN_AWAY, faults))
 
@@ -67,6 +67,7 @@ class Guard:
         self.pending: list[tuple[torch.Tensor, torch.Tensor]] = []  # looks that were not evaluated yet
         self.radius, self.energy, self.slope = torch.zeros_like(energy), energy.clone(), torch.full_like(energy, torch.inf)
         self.streak = torch.zeros_like(energy)
+        self.extent = torch.where(self.extent > 0, self.extent, x.abs().amax(1))  # of chains that began at 0, without noise
 
     def _again(self, row: int, x: torch.Tensor, energy: torch.Tensor) -> None:
         self._digest()

@@ -16,6 +16,11 @@ def _pillow():
     return Image, ImageDraw, ImageFont, PngImagePlugin
 
 
+def check() -> None:
+    """Raise ImportError where pictures cannot be written."""
+    _pillow()
+
+
 def to_bytes(x: torch.Tensor, data_range: tuple[float, float]) -> torch.Tensor:
     """Images `[n, 3, H, W]` (or one channel) in `data_range` as uint8 `[n, H, W, 3]`; values outside are clamped."""
     if x.ndim != 4 or x.shape[1] not in (1, 3):

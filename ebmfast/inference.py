@@ -219,7 +219,8 @@ def infer(x: Tensor, hypotheses: Expression | Sequence[Expression] | Mapping[str
     seed = rng.resolve_seed(seed)
     copies = _noised(x, sigma, draws, seed)
     if ranges is not None:
-        return _by_chains(copies, members, hypotheses, ranges, sigma, sampler, steps, chains, seed, batch_size)
+        with torch.inference_mode(False):
+            return _by_chains(copies, members, hypotheses, ranges, sigma, sampler, steps, chains, seed, batch_size)
     if isinstance(hypotheses, Expression):
         return _over_slots(copies, members, hypotheses, conditions, sigma, log_prior, batch_size)
     return _over_expressions(copies, members, hypotheses, sigma, log_prior, batch_size)
@@ -338,7 +339,7 @@ class _ScenePosterior(nn.Module):
         self.starts = self.counts.cumsum(0) - self.counts
         self.expression, self.sigma = expression, sigma
         self.widths = [len(ranges[name]) for name in expression.slots]
-        pairs = torch.tensor([pair for name in expression.slots for pair in ranges[name]], dtype=torch.get_default_dtype())
+        pairs = torch.tensor([pair for name in expression.slots for pair in ranges[name]], dtype=torch.float32)
         self.low, self.span = pairs[:, 0], pairs[:, 1] - pairs[:, 0]
 
     def rows(self, u: Tensor) -> dict[str, Tensor]:
@@ -393,7 +394,7 @@ def _by_chains(copies, members, expression: Expression, ranges: Mapping, sigma, 
     scenes, width = len(posterior.counts), sum(posterior.widths)
     density = Concept(posterior, Slot("scene"), "posterior")
     x = _best_of_random(posterior, scenes, width, chains, seed, batch_size)
-    number = torch.arange(scenes, dtype=torch.get_default_dtype()).repeat_interleave(chains)[:, None]
+    number = torch.arange(scenes, dtype=torch.float32).repeat_interleave(chains)[:, None]
     per_chain = int(posterior.counts.max())
     result = sample(density, x=x, sampler=sampler, steps=steps, seed=seed, conditions={"scene": number},
                     batch_size=max(1, batch_size // per_chain), check=False, allow_improper=True)

@@ -11,6 +11,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -55,12 +56,11 @@ class Plan:
         self.choices: dict[tuple[int, ...], str] = {}  # how models of one architecture run, and why: by leaves
         self.in_branches: set = set()  # shapes for which nothing is stacked,
         self.in_stacks: set = set()  # and those for which something is, and was seen to agree
-        self.checked: set[int] = set()  # models whose rows were seen not to be coupled
+        self.checked: set[tuple[int, bool | None]] = set()  # models, in train mode or not, whose rows were seen not to be coupled
         self._compiled: dict[int, Compiled] = {}
         if compile and stack is True:
             raise ValueError("`stack_models` and `compile` exclude each other: compiled models run in branches")
-        for leaf in self.leaves:
-            _check_uncoupled(leaf)
+        self.check_uncoupled()
         self.data_range = _common_range(self.leaves)
         for leaf, decides in zip(self.leaves, self.program.decisive):
             if decides and leaf.source.returns != "energy":
@@ -117,19 +117,31 @@ class Plan:
                     f"`sigmas` must lie within {low:g} to {high:g}, the noise levels that the model of {leaf.name}"
                     f" knows, got {outside[0]:g}")
 
+    def check_uncoupled(self) -> None:
+        """Raise where a model couples the chains of a batch, as far as its modules and their modes tell."""
+        for leaf in self.leaves:
+            _check_uncoupled(leaf)
+
+    def check_shape(self, shape: Sequence[int]) -> None:
+        """Raise where a leaf's model knows x of another shape only."""
+        for leaf in self.leaves:
+            if leaf.source.shape not in (None, tuple(shape)):
+                raise ValueError(f"the model of {leaf.name} takes x of shape {list(leaf.source.shape)}, got {list(shape)}")
+
     def bind(self, x: torch.Tensor, conditions: Mapping | None = None) -> Evaluator:
         """An evaluator for chains like `x` `[B, *S]` under `conditions` `{slot: [B, C]}`."""
         if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.ndim < 1:
             got = f"{x.dtype} of shape {list(x.shape)}" if isinstance(x, torch.Tensor) else repr(type(x).__name__)
             raise ValueError(f"`x` must be a floating tensor [B, *S], got {got}")
         rows = check_conditions(self.expression, conditions, x.shape[0])
+        self.check_shape(x.shape[1:])
         return Evaluator(self, x, rows)
 
     @property
     def home(self) -> torch.device:
-        """Where the first model with parameters has them, else the CPU."""
+        """Where the first model with parameters or buffers has them, else the CPU."""
         modules = [leaf.source.model for leaf in self.leaves if isinstance(leaf.source.model, torch.nn.Module)]
-        return next((p.device for m in modules for p in m.parameters()), torch.device("cpu"))
+        return next((p.device for m in modules for p in chain(m.parameters(), m.buffers())), torch.device("cpu"))
 
     def explain(self, shape: Sequence[int] | None = None, device: torch.device | None = None) -> str:
         """The simplified tree, its leaves and how they are batched, in plain words.
@@ -166,7 +178,7 @@ def _known(source: Source) -> str:
     """What is declared of a model: its data range, noise levels and α."""
     facts = [f"{name} {low:g} to {high:g}" for name, pair in (("data", source.data_range), ("sigma", source.sigma))
              if pair is not None for low, high in [pair]]
-    facts += [] if source.negation_alpha is None else [f"alpha {source.negation_alpha:g}"]
+    facts += [] if source.negation_alpha is None else [f"alpha {_show(source.negation_alpha)}"]
     return f"  [{', '.join(facts)}]" if facts else ""
 
 
@@ -215,9 +227,16 @@ def _sigma_required(model) -> bool:
     return parameter is None or parameter.default in (inspect.Parameter.empty, None)
 
 
+def as_mapping(conditions: Mapping | None) -> Mapping:
+    """`conditions`, where there are any."""
+    if conditions is not None and not isinstance(conditions, Mapping):
+        raise TypeError(f"`conditions` must be {{slot: rows [n, C]}}, got {type(conditions).__name__}")
+    return conditions or {}
+
+
 def check_conditions(expression: Expression, conditions: Mapping | None, n: int) -> dict[str, torch.Tensor]:
     """`conditions` as float tensors `[n, C]`, one for every slot of the expression, or an error naming one."""
-    conditions = dict(conditions or {})
+    conditions = dict(as_mapping(conditions))
     slots = expression.slots
     if missing := [s for s in slots if s not in conditions]:
         raise ValueError(f"`conditions` must fill the slot {missing[0]!r}, got {sorted(conditions) or 'none'}")

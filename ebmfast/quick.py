@@ -33,6 +33,7 @@ class QuickCall:
         self._drift, self._noise = self._coefficients.float32
         self._slots = run.plan.expression.slots
         self._metropolis = isinstance(run.sampler, Metropolis)
+        self._bounds = run.sampler.bounds if self._metropolis else None
         # Longer calls have to listen for Ctrl-C on the way.
         self._most = chain.steps_within(ChainKernel.PATIENCE, 1) // max(steps, 1)
 
@@ -58,7 +59,7 @@ class QuickCall:
         if type(first_chain) is not int or not 0 <= first_chain <= rng.MAX_CHAINS - rows:
             return None
         rows_of = self._conditions(conditions, rows)
-        if rows_of is None or not core.all_finite(x.data_ptr(), x.numel()):
+        if rows_of is None or not core.all_finite(x.data_ptr(), x.numel()) or not self._inside(x):
             return None
         chain, faults = self._chain, torch.zeros(rows, dtype=torch.int64, device=_CPU)
         out = x.detach().clone() if x.requires_grad else x.clone()
@@ -90,9 +91,16 @@ class QuickCall:
 
     def _decisions(self, rows: int) -> tuple[Tensor, dict]:
         """Rows for the number of proposals accepted and for energies, and what the engine has to know of them."""
-        results = torch.zeros(2, rows, device=_CPU)
+        results = torch.zeros(2, rows, dtype=torch.float32, device=_CPU)
         at = results.data_ptr()
         return results, {"accepted": at, "energies": at + 4 * rows, "stream": self._run.sampler.stream, "accept_stream": rng.ACCEPT}
+
+    def _inside(self, x: Tensor) -> bool:
+        """Whether chains start within the bounds, where there are any."""
+        if self._bounds is None or not x.numel():
+            return True
+        low, high = torch.aminmax(x.detach())
+        return self._bounds[0] <= float(low) and float(high) <= self._bounds[1]
 
     def _conditions(self, conditions: Mapping | None, rows: int) -> list[Tensor] | None:
         if not self._slots:

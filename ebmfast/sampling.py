@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +20,7 @@ from .composition import Expression
 from .cuda_chain import CHAINS, tf32_products
 from .devices import ManyDevices
 from .driver import Call, Chains, Interrupt, StepInfo, by_step
-from .plan import Plan, check_conditions
+from .plan import Plan, as_mapping, check_conditions
 from .quick import QuickCall
 from .samplers import SAMPLERS, Annealed, Langevin, Sampler
 from .state import Interrupted, Report, Result, SampleState, Trace
@@ -53,8 +55,8 @@ def sample(expr: Expression, n: int | None = None, shape: int | Sequence[int] | 
         seed: an integer in [0, 2^64), a torch.Generator, or None for one from torch's generator (see `report.seed`).
         conditions: `{slot: [n, C]}`, one row per chain.
         x: starting points `[n, *S]`, not modified. Without it, `init`.
-        init: "uniform" over the models' data range, else the clamp, else [0, 1]; "normal", scaled to the first
-            noise level under `Annealed`; or a callable of (chain ids `[B]`, shape) → `[B, *S]`. The default is
+        init: "uniform" over the models' data range, else the clamp (next to its finite end), else [0, 1]; "normal", scaled
+            to the first noise level under `Annealed`; or a callable of (chain ids `[B]`, shape) → `[B, *S]`. The default is
             "uniform", and "normal" under `Annealed`.
         first_chain: id of the first chain; a shard of a larger run passes its offset.
         frozen_mask: bool `S` or `[n, *S]`; where True, x never moves (inpainting).
@@ -128,6 +130,9 @@ def prepare(expr: Expression, sampler: Sampler | None = None, *, shape: int | Se
     plan = Plan(expr, compute_dtype, **ways)
     if not isinstance(sampler, SAMPLERS):
         raise TypeError(f"`sampler` must be one of {', '.join(f'{s.__name__}(...)' for s in SAMPLERS)}, got {sampler!r}")
+    if shape is not None:
+        shape = _shape(shape)
+        plan.check_shape(shape)
     levels = sampler.noise_levels()
     plan.check_sigmas(levels)
     if not allow_improper and sampler.clamp is None:
@@ -135,9 +140,9 @@ def prepare(expr: Expression, sampler: Sampler | None = None, *, shape: int | Se
     if sampler.steps is not None and steps is not None:
         raise ValueError(f"`steps` belongs to the sampler here: {type(sampler).__name__} takes {sampler.steps}")
     if steps is not None:
-        _check_int("steps", steps, 0)
+        steps = _check_int("steps", steps, 0)
     if batch_size is not None:
-        _check_int("batch_size", batch_size, 1)
+        batch_size = _check_int("batch_size", batch_size, 1)
         if memory_limit is not None:
             raise ValueError("`batch_size` and `memory_limit` exclude each other")
     if memory_limit is not None:
@@ -158,7 +163,7 @@ def prepare(expr: Expression, sampler: Sampler | None = None, *, shape: int | Se
     if backend != "auto":
         home = backends.home(backend) if backend in backends.NAMES else "cpu"
         backends.resolve(backend, home if device is None else device)
-    return Run(plan, sampler, None if shape is None else _shape(shape), steps, batch_size, device, backend, engine,
+    return Run(plan, sampler, shape, steps, batch_size, device, backend, engine,
                energies and plan.has_energies, on_nonfinite, memory_limit, branches, check, capture)
 
 
@@ -220,7 +225,11 @@ class Run:
     def _draw(self, call: Call, backend, chain: Chain | None, init, frozen_mask, trace, callback, progress, resume) -> Result:
         initial = self._initial(call, backend, init)
         frozen = _frozen_mask(frozen_mask, call)
-        trace = Trace(every=trace) if isinstance(trace, int) else trace
+        if call.x is not None:
+            _check_inside(call.x, self._bounds, frozen, "`x`")
+        trace = Trace(every=operator.index(trace)) if hasattr(trace, "__index__") else trace
+        if not isinstance(trace, Trace | None):
+            raise TypeError(f"`trace` must be a Trace, a number of steps or None, got {trace!r}")
         if trace is not None and trace.energy:
             self.plan.check_energies("Trace(energy=True)")
         chains = Chains(self, call, backend, chain, initial, frozen, trace, callback)
@@ -270,9 +279,10 @@ class Run:
         return "\n".join(lines)
 
     def _check(self, n, seed, steps, conditions, x, first_chain, resume) -> Call:
+        self.plan.check_uncoupled()  # modes may have changed since the run was prepared
         if resume is not None:
             return self._check_resume(n, seed, steps, conditions, x, first_chain, resume)
-        conditions = {k: torch.as_tensor(v) for k, v in (conditions or {}).items()}
+        conditions = {k: torch.as_tensor(v) for k, v in as_mapping(conditions).items()}
         shape, dtype, device = self.shape, torch.float32, self.device
         if x is not None:
             x = _check_x(x, shape, device)
@@ -284,8 +294,7 @@ class Run:
             raise ValueError("`shape` of one chain is needed, for instance shape=(3, 64, 64), or a starting `x`")
         if n is None:
             raise ValueError("`n`, the number of chains, is needed, or a starting `x`")
-        _check_int("n", n, 0)
-        _check_int("first_chain", first_chain, 0)
+        n, first_chain = _check_int("n", n, 0), _check_int("first_chain", first_chain, 0)
         if first_chain > rng.MAX_CHAINS - n:
             raise ValueError(f"`first_chain` must be at most 2^60 - {n}, got {first_chain}")
         steps = self._steps(steps)
@@ -307,11 +316,13 @@ class Run:
         asked = steps if steps is not None else self.steps
         if state.finished:
             if self.sampler.steps is not None:
-                raise ValueError(f"`resume`: these chains have taken all {self.sampler.steps} steps of the sampler")
+                raise ValueError(
+                    f"`resume`: this run is finished, and {type(self.sampler).__name__} takes its {self.sampler.steps} steps from"
+                    " the start: pass the state's `x` as `x`")
             base, target = state.target, state.target + self._steps(steps)
-        elif self.sampler.steps is None and asked is not None and asked != target - base:
-            raise ValueError(
-                f"`resume` is an interrupted run of {target - base} steps: finish it first (the same `steps`, or none)")
+        elif (self.sampler.steps or asked or target - base) != target - base:
+            remedy = "the same `steps`, or none" if self.sampler.steps is None else "a sampler of as many"
+            raise ValueError(f"`resume` is an interrupted run of {target - base} steps: finish it first ({remedy})")
         rows = check_conditions(self.plan.expression, conditions or state.conditions, n)
         return Call(start, n, tuple(start.shape[1:]), start.dtype, start.device, state.seed, state.first_chain, base,
                      target, state.step.clone(), state.faults.to(start.device).clone(), rows,
@@ -376,11 +387,17 @@ class Run:
         self._chains[call.shape, call.device] = found
         return found
 
+    @property
+    def _bounds(self) -> tuple[float, float] | None:
+        """Of a sampler that rejects what lies outside, so that chains have to start inside."""
+        return getattr(getattr(self.sampler, "inner", self.sampler), "bounds", None)
+
     def _initial(self, call: Call, backend, init):
         """A function (first row, count, step) → starting points of those chains."""
         if init is None:
             init = "normal" if isinstance(self.sampler, Annealed) else "uniform"
-        low, high = self.plan.data_range or self.sampler.clamp or (0.0, 1.0)
+        low, high = self.plan.data_range or _interval(*(self.sampler.clamp or (0.0, 1.0)))
+        bounds = self._bounds
         center = (low + high) / 2 if self.plan.data_range else 0.0
         scale = self.sampler.initial_scale()
 
@@ -388,12 +405,17 @@ class Run:
             where = dict(seed=call.seed, step=step, stream=rng.INIT, first_chain=call.first_chain + row,
                          device=call.device)
             if init == "uniform":
-                return backend.uniform(call.shape, count, **where).mul_(high - low).add_(low)
+                x = backend.uniform(call.shape, count, **where).mul_(high - low).add_(low)
+                return x if bounds is None else x.clamp_(*bounds)
             if init == "normal":
-                return backend.normal(call.shape, count, **where).mul_(scale).add_(center)
+                x = backend.normal(call.shape, count, **where).mul_(scale).add_(center)
+                return x if bounds is None else x.clamp_(*bounds)
             ids = torch.arange(row, row + count, device=call.device) + call.first_chain
             x = init(ids, call.shape)
-            return _check_x(x, call.shape, call.device, f"init(...) for {count} chains", count).to(torch.float32)
+            what = f"init(...) for {count} chains"
+            x = _check_x(x, call.shape, call.device, what, count).to(torch.float32)
+            _check_inside(x, bounds, None, what)
+            return x
 
         if call.x is not None:
             if self.on_nonfinite == "restart" and callable(init):
@@ -417,18 +439,19 @@ class Run:
 
 
 def _check_int(name: str, value, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+    try:
+        found = operator.index(value)  # numpy's integers too
+    except TypeError:
+        found = None
+    if found is None or isinstance(value, bool):
         raise TypeError(f"`{name}` must be an integer, got {value!r}")
-    if value < least:
-        raise ValueError(f"`{name}` must be at least {least}, got {value}")
-    return value
+    if found < least:
+        raise ValueError(f"`{name}` must be at least {least}, got {found}")
+    return found
 
 
 def _shape(shape) -> tuple[int, ...]:
-    shape = (shape,) if isinstance(shape, int) else tuple(shape)
-    for size in shape:
-        _check_int("shape", size, 1)
-    return shape
+    return tuple(_check_int("shape", size, 1) for size in ((shape,) if hasattr(shape, "__index__") else shape))
 
 
 def _device(device, plan: Plan) -> torch.device:
@@ -460,6 +483,25 @@ def _check_x(x, shape, device, name: str = "x", n: int | None = None) -> torch.T
     if bad.any():
         raise ValueError(f"`{name}` must be finite, got NaN or infinity in rows {torch.nonzero(bad).flatten().tolist()[:8]}")
     return x.detach().contiguous()
+
+
+def _interval(low: float, high: float) -> tuple[float, float]:
+    """Where chains are drawn within a clamp: next to the finite end where the other one is not."""
+    if math.isinf(low):
+        low = high - 1.0 if math.isfinite(high) else 0.0
+    return low, low + 1.0 if math.isinf(high) else high
+
+
+def _check_inside(x: torch.Tensor, bounds: tuple[float, float] | None, frozen: torch.Tensor | None, name: str) -> None:
+    """Raise where chains would start outside of the bounds, where they would stay: what is outside is rejected."""
+    if bounds is None:
+        return
+    outside = (x < bounds[0]) | (x > bounds[1])
+    if frozen is not None:
+        outside &= ~frozen
+    bad = torch.nonzero(outside.reshape(len(x), -1).any(1)).flatten().tolist() if x.numel() else []
+    if bad:
+        raise ValueError(f"{name} must lie within `bounds`, {bounds[0]:g} to {bounds[1]:g}: rows {bad[:8]} do not")
 
 
 def _frozen_mask(mask, call: Call) -> torch.Tensor | None:

@@ -130,7 +130,7 @@ def test_ctrl_c_leaves_a_state_that_resumes(sampler):
 def test_a_finished_schedule_does_not_resume():
     f = ef.Family(NoisedGaussian(), "g")
     done = draw(f(0.5), sampler=ef.Annealed([1.0], 2), steps=None)
-    with pytest.raises(ValueError, match="taken all 3 steps"):
+    with pytest.raises(ValueError, match="finished, and Annealed takes its 3 steps from the start"):
         ef.sample(f(0.5), sampler=ef.Annealed([1.0], 2), resume=done.state)
 
 

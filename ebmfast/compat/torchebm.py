@@ -386,8 +386,11 @@ class _Sampler(BaseSampler):
 class _Acceptance:
     """The share of chains that moved, of every `thin`-th step: a callback."""
 
+    only_looks = True  # changes neither states nor models
+
     def __init__(self, thin: int):
-        self.thin, self.rates = thin, []
+        self.thin = thin
+        self.moved: dict[int, Tensor] = {}  # chains that did, by step
 
     def begin(self, x: Tensor) -> None:
         """Chains are at `x`."""
@@ -395,14 +398,17 @@ class _Acceptance:
 
     def __call__(self, info) -> None:
         """A step is done."""
+        before = self.before[info.first_chain:info.first_chain + len(info.x)]  # one micro-batch after the other
         if info.step % self.thin == 0:
-            self.rates.append((info.x != self.before).flatten(1).any(1).float().mean())
+            moved = (info.x != before).flatten(1).any(1).float().sum()
+            self.moved[info.step] = self.moved.get(info.step, 0.0) + moved
         if (info.step + 1) % self.thin == 0:
-            self.before.copy_(info.x)
+            before.copy_(info.x)
 
     def take(self) -> Tensor:
         """The rates `[T]` since the last call."""
-        rates, self.rates = torch.stack(self.rates), []
+        rates = torch.stack([self.moved[step] for step in sorted(self.moved)]) / len(self.before)
+        self.moved.clear()
         return rates
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from .. import __version__, scenes, zoo
+from .. import __version__, images, scenes, zoo
 from . import position
 from .observations import KEPT, observe
 from .protocol import CHOSEN, TUNING_SEED, Models, Protocol, Scored, Settings, has_not
@@ -64,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
     """Run experiments one after the other; each table is written as soon as it is done."""
     if args.threads:
         torch.set_num_threads(args.threads)
+    images.check()  # before hours of sampling
     folders = _folders(args.models)
     everything = "all" in args.names
     names = NAMES if everything else args.names

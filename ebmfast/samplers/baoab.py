@@ -49,6 +49,7 @@ class BAOAB(Dynamics):
     carried = ("momentum",)
 
     def __post_init__(self):
+        self.settle()
         if not (math.isfinite(self.friction) and self.friction > 0):
             raise ValueError(f"`friction` must be positive, got {self.friction}")
         check_mass(self.mass)
@@ -98,7 +99,8 @@ class BAOABKernel(StepByStep):
         if carried is None:
             carried = self.sampler.carry(x, self.backend, step=step, frozen_mask=self.frozen_mask, **self.noise_id)
         leaves = self.evaluator.n_gradients
-        self._ones, self._one = torch.ones(leaves, device=x.device), torch.ones(1, device=x.device)
+        self._ones = torch.ones(leaves, dtype=torch.float32, device=x.device)
+        self._one = self._ones.new_ones(1)
         options = dict(self.noise_id, frozen_mask=self.frozen_mask, faults=faults, gradient_dtype=x.dtype)
         self._kick = self.backend.prepare(carried["momentum"], n_gradients=leaves, **options)
         self._move = self.backend.prepare(x, n_gradients=1, **options)
@@ -116,6 +118,10 @@ class BAOABKernel(StepByStep):
         where = dict(self.noise_id, first_chain=self.noise_id["first_chain"] + row)
         drawn = self.sampler.carry(state.x[row:row + 1], self.backend, step=step, frozen_mask=frozen, **where)
         state.carried["momentum"][row] = drawn["momentum"][0]
+        self.forget()
+
+    def forget(self) -> None:
+        """States or models may have been changed: what is known of gradients is not true any more."""
         self._gradients = None
 
     def step(self, state: LangevinState) -> tuple[LangevinState, LangevinInfo]:

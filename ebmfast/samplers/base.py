@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+SCHEDULES = ("step_size", "temperature", "drift", "noise")
+
 
 class Dynamics:
     """A sampler whose number of steps the call decides, at no noise level, in the step engine."""
@@ -12,6 +14,16 @@ class Dynamics:
     clamp: tuple[float, float] | None = None  # the bounds of the domain, where there are any
     needs_energies: bool = False  # beside gradients
     carried: tuple[str, ...] = ()  # names of the tensors beside x that belong to a chain's state
+
+    def settle(self) -> None:
+        """Make plain, private values of schedules and of a mass that were given as arrays: a sampler never changes."""
+        for name in SCHEDULES:
+            value = getattr(self, name, None)
+            if hasattr(value, "tolist"):
+                value = value.tolist()
+                object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
+        if hasattr(getattr(self, "mass", None), "tolist"):
+            object.__setattr__(self, "mass", torch.as_tensor(self.mass).detach().clone())
 
     def noise_levels(self) -> tuple[float, ...] | None:
         """Noise levels at which energies are taken: none."""
@@ -28,7 +40,7 @@ class Dynamics:
     @property
     def fixed_schedule(self) -> bool:
         """Whether the coefficients of a step are the same in every call: no schedule is a callable."""
-        return not any(callable(getattr(self, name, None)) for name in ("step_size", "temperature", "drift", "noise"))
+        return not any(callable(getattr(self, name, None)) for name in SCHEDULES)
 
     def carry(self, x: torch.Tensor, backend, *, step: int, seed: int, first_chain: int,
               frozen_mask: torch.Tensor | None = None) -> dict[str, torch.Tensor]:

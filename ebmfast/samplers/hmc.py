@@ -53,6 +53,7 @@ class HMC(Metropolis):
     stream = rng.MOMENTUM
 
     def __post_init__(self):
+        self.settle()
         object.__setattr__(self, "bounds", check_bounds(self.bounds))
         if isinstance(self.n_leapfrog_steps, bool) or not isinstance(self.n_leapfrog_steps, int) or self.n_leapfrog_steps < 1:
             raise ValueError(f"`n_leapfrog_steps` must be a positive integer, got {self.n_leapfrog_steps!r}")

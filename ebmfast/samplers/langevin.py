@@ -69,6 +69,7 @@ class Langevin(Dynamics):
     grad_clip_value: float | None = None
 
     def __post_init__(self):
+        self.settle()
         free = (self.drift is not None, self.noise is not None)
         if self.step_size is not None and any(free):
             raise ValueError("Langevin takes `step_size` (and `temperature`) or `drift` and `noise`, not both")
@@ -139,6 +140,9 @@ class Kernel:
         """The share of proposals that each chain accepted since `init`, `[B]`; None where every step is taken."""
         return None
 
+    def forget(self) -> None:
+        """States or models may have been changed: what is known of the target is not true any more."""
+
 
 class StepByStep(Kernel):
     """Kernels that take one step at a time: `advance` is a loop over `step`."""
@@ -181,7 +185,7 @@ class LangevinKernel(StepByStep):
             faults = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
         leaves = self.evaluator.n_gradients
         options = dict(self.fixed, faults=faults, gradient_dtype=x.dtype)
-        self._ones = torch.ones(leaves, device=x.device)  # gradients come weighted
+        self._ones = torch.ones(leaves, dtype=torch.float32, device=x.device)  # gradients come weighted
         self._move = self.backend.prepare(x, n_gradients=leaves, **self.options, **options)
         self._perturb = self.backend.prepare(x, n_gradients=0, **options) if self.sampler.noise_first else None
         return LangevinState(x, self.start if step is None else step, faults)

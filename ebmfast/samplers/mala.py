@@ -45,6 +45,7 @@ class MALA(Metropolis):
     best_acceptance = 0.574
 
     def __post_init__(self):
+        self.settle()
         object.__setattr__(self, "bounds", check_bounds(self.bounds))
         for name in ("grad_clip_norm", "grad_clip_value"):
             bound = getattr(self, name)
@@ -77,7 +78,8 @@ class MALAKernel(MetropolisKernel):
     def init(self, x, step=None, faults=None, carried=None):
         # Adding the noise of a step to zeros leaves that noise, 0 where frozen, in memory that is there already.
         self._z = torch.empty_like(x)
-        self._draw = self.backend.prepare(self._z, n_gradients=0, frozen_mask=self.frozen_mask, **self.noise_id)
+        self._draw = self.backend.prepare(
+            self._z, n_gradients=0, gradient_dtype=x.dtype, frozen_mask=self.frozen_mask, **self.noise_id)
         return super().init(x, step, faults, carried)
 
     def clipped(self, gradient):

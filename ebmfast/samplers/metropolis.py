@@ -69,7 +69,7 @@ class MetropolisKernel(StepByStep):
         """The state of chains `x` `[B, *S]` before step `step`."""
         if faults is None:
             faults = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
-        self._accepted, self._proposed = torch.zeros(x.shape[0], device=x.device), 0
+        self._accepted, self._proposed = torch.zeros(x.shape[0], dtype=torch.float32, device=x.device), 0
         self._point: Point | None = None
         self._sigma: float | None = None
         step = self.start if step is None else step
@@ -147,6 +147,10 @@ class MetropolisKernel(StepByStep):
         """The target at `x`, at the noise level of the step that is being taken."""
         return self._target(x, 0, None)
 
+    def forget(self) -> None:
+        """States or models may have been changed: what is known of the target is not true any more."""
+        self._point = None
+
     def _target(self, x, t: int, faults: torch.Tensor | None) -> Point:
         gradients, energies = self.evaluator.gradients(x, self._sigma)
         energies = [e.detach() if e.dtype is x.dtype else e.detach().to(x.dtype) for e in energies]
@@ -201,7 +205,9 @@ class MetropolisChain(ChainKernel):
              carried=None) -> LangevinState:
         """The state of chains `x` `[B, *S]` before step `step`."""
         state, n = super().init(x, step, faults), len(x)
-        self._accepted, self._proposed, self._energy = torch.zeros(n), 0, torch.zeros(n)
+        # What C++ writes: float32 on the CPU, whatever torch's defaults are.
+        self._accepted, self._energy = torch.zeros(2, n, dtype=torch.float32, device=x.device)
+        self._proposed = 0
         if self.sampler.warmup is not None and not carried:
             carried = {"warmup": self.sampler.warmup.begin(n, x.device)}
         self._carried = carried or {}

@@ -53,7 +53,7 @@ class DualAveraging:
     @staticmethod
     def begin(chains: int, device) -> torch.Tensor:
         """The state of chains that have not begun, `[B, 4]`: ln s, ln s̄, H and m."""
-        return torch.zeros(chains, 4, device=device)
+        return torch.zeros(chains, 4, dtype=torch.float32, device=device)
 
     def scale(self, state: torch.Tensor) -> torch.Tensor:
         """The factor s on the step size of each chain, `[B]`."""

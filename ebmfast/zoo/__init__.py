@@ -114,7 +114,7 @@ def family(about: Mapping[str, Any], model: nn.Module) -> Family:
 
     return Family(model, about["name"], about["labels"] or None, unconditional=about["prior"],
                   condition_dim=about["condition_dim"], data_range=about["data_range"], sigma=about["sigma"],
-                  negation_alpha=about["negation_alpha"])
+                  negation_alpha=about["negation_alpha"], shape=about["shape"], ranges=about.get("ranges"))
 
 
 def own_priors(expression: Expression, above: float = 0.0, weight: float = 1.0) -> Expression:
