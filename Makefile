@@ -48,7 +48,7 @@ docs: $(STAMP)
 	$(VENV)/bin/pip install --quiet -c constraints.txt matplotlib
 	$(VENV)/bin/python docs/pictures.py
 
-# All measurements, under 15 minutes on two idle cores; make bench ONLY="chain quality" for some.
+# All measurements, about 15 minutes on two idle cores; make bench ONLY="chain quality" for some.
 bench: $(STAMP)
 	-$(VENV)/bin/pip install --quiet -c constraints.txt jax blackjax torchebm
 	$(VENV)/bin/python -m bench $(if $(ONLY),--only $(ONLY))

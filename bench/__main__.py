@@ -1,4 +1,4 @@
-"""`python -m bench [--only PART ...]`: every measurement on the CPU, under 15 minutes on two idle cores.
+"""`python -m bench [--only PART ...]`: every measurement on the CPU, about 15 minutes on two idle cores.
 
 Parts run one after the other, each in a process of its own. A peer that is not installed is named, and the rest goes on; a part
 that fails does so alone, and the exit status says so at the end. Results are appended to bench/results, or $EBMFAST_RESULTS, as

@@ -70,12 +70,26 @@ def _member(value, name: str, level: int) -> list[str]:
     return [f"{'#' * level} .{name}", "", "```text", f"{name}{_signature(function)}", "```", "", _prose(function), ""]
 
 
+class _Written(str):
+    """An annotation as it was written, without the quotes that Python shows it in; those of defaults stay."""
+
+    __repr__ = str.__str__
+
+    @classmethod
+    def of(cls, annotation):
+        return cls(annotation) if isinstance(annotation, str) else annotation
+
+
 def _signature(thing) -> str:
     try:
-        text = str(inspect.signature(thing))
+        signature = inspect.signature(thing)
     except (TypeError, ValueError):
         return "(...)"
-    text = re.sub(r" at 0x[0-9a-f]+", "", text.replace("ebmfast.", "").replace("'", ""))
+    text = str(signature.replace(
+        parameters=[p.replace(annotation=_Written.of(p.annotation)) for p in signature.parameters.values()],
+        return_annotation=_Written.of(signature.return_annotation)))
+    text = re.sub(r" at 0x[0-9a-f]+", "", text.replace("ebmfast.", ""))
+    text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text)
     text = re.sub(r"^\((self|cls)(, )?", "(", text)
     if len(text) <= 110:
         return text

@@ -80,7 +80,7 @@ def sample(expr: Expression, n: int | None = None, shape: int | Sequence[int] | 
             samplers the models and the composition; what cannot be recorded runs as it is, and `report.uncaptured` and
             `run.explain()` say why. False never records. What a model computes on the host, from numbers that are not its
             parameters, is recorded as it was.
-        backend: "auto", "reference" or "cpu" (see `ebmfast doctor`).
+        backend: "auto", "reference", "cpu", "triton" or "cuda"; `ebmfast doctor` says which are there.
         engine: "chain" runs whole chains in C++ or CUDA, "step" one batched forward-backward and one kernel per step; "auto" takes
             the chain engine where every leaf is a native energy (`ebmfast.energies`), on the backends cpu and cuda.
         trace: an int k keeps the energy per chain every k steps; `Trace(every=k, states=True)` also x;

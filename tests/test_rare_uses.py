@@ -213,7 +213,8 @@ def test_schedules_are_numbers_of_any_library(given):
 
 
 def test_integers_are_those_of_any_library():
-    r = ef.sample(quadratic(), np.int64(4), np.int64(2), ef.Langevin(0.1), np.int32(6), 0, trace=np.int64(2), batch_size=np.int64(3))
+    r = ef.sample(quadratic(), np.int64(4), np.int64(2), ef.Langevin(0.1), np.int32(6), 0, trace=np.int64(2),
+                  batch_size=np.int64(3))
     assert r.x.shape == (4, 2) and len(r.trace.steps) == 3
     with pytest.raises(TypeError, match="`trace` must be a Trace"):
         ef.sample(quadratic(), 4, 2, ef.Langevin(0.1), 4, 0, trace="all")
@@ -264,7 +265,8 @@ def test_a_composition_of_nothing_is_sampled_and_traced():
 def test_a_family_is_not_a_concept():
     color = ef.Family(lambda x, c: (x * c).sum(1), "color", {"red": [1.0], "blue": [0.0]})
     where = ef.Family(lambda x, c: (x * c).sum(1), "where", condition_dim=2)
-    for wrong in (lambda: color & color("red"), lambda: color("red") & color, lambda: ~color, lambda: 2.0 * color, lambda: list(color)):
+    for wrong in (lambda: color & color("red"), lambda: color("red") & color, lambda: ~color, lambda: 2.0 * color,
+                  lambda: list(color)):
         with pytest.raises(TypeError, match=r"color is a family of concepts and needs a condition, as in color\('red'\)"):
             wrong()
     with pytest.raises(TypeError, match=r"as in where\(0.5, 0.5\)"):

@@ -22,16 +22,17 @@ from .registry import EVERYWHERE, EXPERIMENTS, Experiment
 from .report import Table
 from .tree import Any, Count
 
-KINDS = {"zoo": "the concepts of most tables (default: the bundled ones)", "objects": "a position model for several objects",
+KINDS = {"zoo": "the concepts of most tables", "objects": "a position model for several objects",
          "continual": "the stages of continual learning", "pairs": "shape and color, trained without some pairs",
-         "joint": "one model conditioned on everything", "twins": "the concepts again, trained without cross-entropy",
-         "paper": "concepts trained by contrastive divergence, as in the paper"}
+         "paper": "concepts trained by contrastive divergence, as in the paper",
+         "joint": "one model conditioned on everything (not bundled)",
+         "twins": "the concepts again, trained without cross-entropy (not bundled)"}
 INFERENCE = "inference"
 NAMES = (*EXPERIMENTS, INFERENCE)
 VARIATIONS = ("color", "light", "size", "type")
 EXAMPLES = f"""\
 names: {', '.join(NAMES)}
-kinds of models: {'; '.join(f'{k}, {v}' for k, v in KINDS.items())}
+kinds of models, where nothing is said the bundled ones by default: {'; '.join(f'{k}, {v}' for k, v in KINDS.items())}
 examples:
   ebmfast evaluate table1 or                                # with the bundled models
   ebmfast evaluate all -n 1000 --conditions 200 --out results

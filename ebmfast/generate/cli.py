@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def example() -> Path:
-    """The bundled example plan; `ebmfast generate example` runs it."""
+    """The bundled example plan; `ebmfast generate example --out DIR` runs it."""
     return Path(__file__).parent / "example.toml"
 
 

@@ -40,7 +40,7 @@ def card(name: str) -> dict[str, Any]:
 
 
 def folder(group: str | None = None) -> Path:
-    """Where the bundled models lie; `group` "objects", "continual", "pairs" or "joint" are models of one experiment each."""
+    """Where the bundled models lie; `group` "objects", "continual", "pairs" or "paper": models of one experiment each."""
     return _FOLDER / group if group else _FOLDER
 
 
