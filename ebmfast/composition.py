@@ -116,10 +116,16 @@ class Expression:
     """
 
     def __and__(self, other: Expression) -> Expression:
-        return all_of([self, other]) if isinstance(other, Expression) else NotImplemented
+        if not isinstance(other, Expression):
+            return NotImplemented
+        return Sum(tuple(t for e in (self, other) for t in (e.terms if isinstance(e, Sum) and e.scale is None else ((1.0, e),))))
 
     def __or__(self, other: Expression) -> Expression:
-        return any_of([self, other]) if isinstance(other, Expression) else NotImplemented
+        if not isinstance(other, Expression):
+            return NotImplemented
+        found = [(e.children, e.log_weights) if isinstance(e, LogSumExp) and e.sharpness == 1.0 else ((e,), (0.0,))
+                 for e in (self, other)]  # flat, so that a chain of a thousand is no deeper than one of two
+        return any_of(*(sum(parts, ()) for parts in zip(*found)))
 
     def __invert__(self) -> Expression:
         return negate(self)

@@ -1,7 +1,9 @@
 """Uses that are legitimate and rare: other defaults of torch, states that callbacks change, starts outside of bounds, modes that
 change after `prepare`, numbers of numpy."""
 
+import functools
 import math
+import operator
 
 import numpy as np
 import pytest
@@ -254,6 +256,20 @@ def test_text_of_deep_trees_is_made_once_per_node():
         deep = (deep | b) & b
     repr(deep)
     assert Counted.count < 200
+
+
+def test_long_chains_of_operators_are_flat():
+    parts = [ef.Concept(lambda x, k=k: k * x.square().sum(1), name=f"e{k}") for k in range(1500)]
+    every, some = functools.reduce(operator.and_, parts), functools.reduce(operator.or_, parts)
+    x = torch.full((1, 1), 0.1)
+    assert every.energy(x).item() == pytest.approx(0.01 * sum(range(1500)), rel=1e-4)
+    assert some.energy(x).item() == pytest.approx(-math.log(sum(math.exp(-0.01 * k) for k in range(1500))), rel=1e-4)
+    a, b, c = parts[:3]
+    assert (a & b) & c == a & (b & c) and repr((a | b) | c) == repr(a | (b | c)) == "e0 | e1 | e2"
+    weighed = ef.any_of([a, b], log_weights=[0.5, 0.0]) | c
+    torch.testing.assert_close(weighed.energy(x), ef.any_of([ef.any_of([a, b], log_weights=[0.5, 0.0]), c]).energy(x))
+    twice = ef.any_of([a, b], sharpness=2.0) | c
+    torch.testing.assert_close(twice.energy(x), ef.any_of([ef.any_of([a, b], sharpness=2.0), c]).energy(x))
 
 
 def test_a_composition_of_nothing_is_sampled_and_traced():
