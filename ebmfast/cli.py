@@ -100,7 +100,8 @@ examples:
     parser.add_argument("--out", type=Path, default=Path("grid.png"),
                         help=".png for a grid, .safetensors for x, energies and leaf energies (default: %(default)s)")
     parser.add_argument("--models", type=Path, action="append", default=[], metavar="DIR",
-                        help="a folder with NAME.json and NAME.safetensors from `ebmfast train`; may be repeated")
+                        help="a folder with NAME.json and NAME.safetensors from `ebmfast train`, or a bundled group, as scenes64;"
+                             " may be repeated")
     parser.add_argument("--backend", default="auto", help=f"{', '.join(NAMES)} or auto (default: %(default)s)")
     parser.add_argument("--steps-per-level", type=int, help="Langevin steps per noise level (default: the card's)")
     parser.add_argument("--levels", type=int, help="noise levels (default: the card's)")
@@ -117,12 +118,9 @@ def models_of(folders):
     """All families by name, and their cards: the zoo's, then those of `folders`."""
     families, cards = dict(zoo.concepts()), {name: zoo.card(name) for name in zoo.names()}
     for folder in folders:
-        found = [p for p in sorted(folder.glob("*.json")) if p.with_suffix(".safetensors").exists()]
-        if not found:
-            raise ValueError(f"{folder} has no NAME.json with a NAME.safetensors beside it")
-        for path in found:
-            about = json.loads(path.read_text())
-            families[about["name"]] = zoo.family(about, zoo.load_from(folder, path.stem))
+        folder = zoo.located(folder)
+        for name, about in zoo.cards_in(folder).items():
+            families[about["name"]] = zoo.family(about, zoo.load_from(folder, name))
             cards[about["name"]] = about
     return families, cards
 

@@ -66,7 +66,7 @@ def test_the_prior_is_counted_once_unless_refused(capsys, tmp_path):
     (["~shape('cube')", "--no-prior"], "not grounded"), (["shape('cube')", "--n", "-1"], "`n` must be at least 0"),
     (["shape('cube')", "--out", "x.jpg"], "must end in .png or .safetensors"), (["shape('cube')", "--n", "0"], "nothing to draw"),
     (["shape('cube')", "--backend", "gpu"], "`backend` must be one of"), (["shape('cube')", "--backend", "cuda"], "not available"),
-    (["shape('cube')", "--models", "nowhere"], "nowhere has no NAME.json"), (["shape('cube')", "--seed", "-1"], "`seed`"),
+    (["shape('cube')", "--models", "nowhere"], "nowhere has no models"), (["shape('cube')", "--seed", "-1"], "`seed`"),
 ])
 def test_errors_are_one_message_and_status_2(capsys, tmp_path, monkeypatch, args, message):
     monkeypatch.chdir(tmp_path)

@@ -19,6 +19,7 @@ from torch import nn
 import ebmfast as ef
 from ebmfast import cli, evaluation, experiments, models, scenes, zoo
 from ebmfast.experiments import All, Any, Count, Is, Law, Not, Row, Settings, judge_cli, observations, position
+from ebmfast.experiments import cli as experiments_cli
 from ebmfast.experiments.measures import free_attributes, kernel_distance, mean, share
 from ebmfast.experiments.protocol import Models, Protocol, density, expression
 from ebmfast.experiments.report import Table
@@ -478,6 +479,16 @@ def test_rows_without_a_model_are_left_out_and_said(capsys, folders, tmp_path):
     assert "'three' needs a model named 'color'; there are position" in capsys.readouterr().err
 
 
+def test_bundled_groups_have_names_and_readers_of_their_size():
+    for group, side, colors in (("scenes64", 64, 20), ("pairs", 32, 6)):
+        found = Models.load(zoo.located(group))
+        assert found.shape == (3, side, side) and found.law.colors == colors
+        judge = experiments_cli._reader(None, "judge", found)
+        assert judge(torch.zeros(1, 3, side, side))["color"].shape == (1, colors)
+    with pytest.raises(ValueError, match="the judge reads pictures of"):
+        experiments_cli._reader(zoo.folder("scenes64") / "judge.json", "judge", found)
+
+
 def test_pictures_of_64_pixels_have_twenty_colours():
     cards = {"position": {"name": "position", "shape": [3, 64, 64]}}
     assert Models({}, cards).law.colors == 20 == scenes.named("train", 64).palette
@@ -496,7 +507,7 @@ def test_what_is_missing_is_said(capsys, folders, tmp_path, monkeypatch):
     status = cli.main(["evaluate", "concepts", "--models", "faces=x"])
     assert status == 2 and "`--models` must be KIND=DIR" in capsys.readouterr().err
     status = cli.main(["evaluate", "concepts", "--models", f"zoo={folders / 'zoo'}"])
-    assert status == 2 and "the judge reads pictures of [3, 32, 32], the models make [3, 16, 16]" in capsys.readouterr().err
+    assert status == 2 and "no judge for pictures of [3, 16, 16] is bundled" in capsys.readouterr().err
     with pytest.raises(ValueError, match="has no models"):
         Models.load(folders / "readers")
 

@@ -24,9 +24,9 @@ def condition(card, which=0):
     return torch.tensor([[low + (high - low) * (0.25 + 0.5 * which) for low, high in card["ranges"]]])
 
 
-def picture(batch=1):
+def picture(batch=1, side=32):
     g = torch.Generator().manual_seed(0)
-    return (0.27 + 0.2 * torch.randn(batch, 3, 32, 32, generator=g)).clamp(-1, 1)
+    return (0.27 + 0.2 * torch.randn(batch, 3, side, side, generator=g)).clamp(-1, 1)
 
 
 def test_the_zoo_holds_every_concept_and_stays_small():
@@ -155,15 +155,16 @@ def test_a_part_of_each_prior_can_be_taken_out():
 
 @pytest.mark.parametrize("group, members", [
     ("objects", ["position"]), ("continual", ["color", "position", "shape"]), ("paper", ["color", "position"]),
-    ("pairs", ["color", "shape"])])
+    ("pairs", ["color", "shape"]), ("scenes64", ["position"])])
 def test_models_of_one_experiment_lie_in_a_folder_of_their_own(group, members):
     folder = zoo.folder(group)
-    assert sorted(p.stem for p in folder.glob("*.json")) == members and not set(members) & {"judge", "counter"}
+    assert sorted(zoo.cards_in(folder)) == members and not set(members) & {"judge", "counter"}
+    assert zoo.located(group) == folder and zoo.located("elsewhere/" + group) != folder
     for name in members:
         about = zoo.card_from(folder, name)
         model = zoo.family(about, zoo.load_from(folder, name))  # raises where hash or architecture is not what the card says
         condition = torch.zeros(1, about["condition_dim"])
-        energy = model(condition[0].tolist()).energy(picture(1), sigma=1.0 if about["takes_sigma"] else None)
+        energy = model(condition[0].tolist()).energy(picture(1, about["shape"][-1]), sigma=1.0 if about["takes_sigma"] else None)
         assert energy.isfinite().all() and about["command"].startswith("ebmfast train ") and about["minutes"] > 0
         hidden = [list(pair) for pair in HELD_OUT] if group in ("objects", "pairs") else about["held_out"]
         assert about["held_out"] == hidden

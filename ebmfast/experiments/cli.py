@@ -37,6 +37,7 @@ examples:
   ebmfast evaluate table1 or                                # with the bundled models
   ebmfast evaluate all -n 1000 --conditions 200 --out results
   ebmfast evaluate objects --models objects=runs/objects --counter runs/counter/counter.json
+  ebmfast evaluate concepts --models zoo=scenes64           # the bundled position at 64x64
   ebmfast evaluate four -n 128 --conditions 64 --condition-seed 0   # while choosing settings"""
 
 
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help=f"draws the conditions (default: %(default)s; {TUNING_SEED} is for choosing settings)")
     parser.add_argument("--seed", type=int, default=0, help="of the chains (default: %(default)s)")
     parser.add_argument("--models", action="append", default=[], metavar="KIND=DIR",
-                        help="a folder of models of one kind; see below")
+                        help="a folder of models of one kind, or the name of a bundled group; see below")
     parser.add_argument("--judge", type=Path, metavar="JSON", help="the card of a judge (default: the bundled one)")
     parser.add_argument("--counter", type=Path, metavar="JSON", help="the card of a counter, for `objects`")
     parser.add_argument("--data", default="data", help="folder of rendered data sets (default: %(default)s)")
@@ -89,7 +90,7 @@ def _folders(given: list[str]) -> dict[str, Path]:
         kind, sign, folder = text.partition("=")
         if not sign or kind not in KINDS:
             raise ValueError(f"`--models` must be KIND=DIR with KIND one of {', '.join(KINDS)}, got {text!r}")
-        folders[kind] = Path(folder)
+        folders[kind] = zoo.located(folder)
     return folders
 
 
@@ -105,12 +106,15 @@ def _models(kind: str, folders: dict[str, Path]) -> Models | None:
 
 def _reader(path: Path | None, kind: str, models: Models):
     """The network that reads samples, for pictures of the models' size."""
-    if path is None and not zoo.names(kind):
-        raise ValueError(f"no {kind} is bundled: pass --{kind} JSON; `ebmfast judge {kind}` trains one")
-    card = zoo.card(kind) if path is None else json.loads(path.read_text())
-    if tuple(card["shape"]) != models.shape:
-        raise ValueError(f"the {kind} reads pictures of {card['shape']}, the models make {list(models.shape)}: pass --{kind} JSON")
-    return zoo.load(kind) if path is None else zoo.load_from(path.parent, path.stem)
+    bundled = [p for p in (zoo.folder(group) / f"{kind}.json" for group in (None, "scenes64")) if p.exists()]
+    for found in [path] if path is not None else bundled:
+        card = json.loads(found.read_text())
+        if tuple(card["shape"]) == models.shape:
+            return zoo.load(kind) if path is None and found.parent == zoo.folder() else zoo.load_from(found.parent, found.stem)
+    if path is None:
+        raise ValueError(
+            f"no {kind} for pictures of {list(models.shape)} is bundled: pass --{kind} JSON; `ebmfast judge {kind}` trains one")
+    raise ValueError(f"the {kind} reads pictures of {card['shape']}, the models make {list(models.shape)}: pass --{kind} JSON")
 
 
 def _data(name: str, models: Models, root):

@@ -1,7 +1,6 @@
 """One composition, sampled and scored: the same protocol for our models, chance, real renders, a joint model and the paper's."""
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -95,14 +94,10 @@ class Models:
 
         Raises ValueError where there are none.
         """
-        folder, families, cards = Path(folder), {}, {}
-        for path in sorted(folder.glob("*.json")):
-            about = json.loads(path.read_text())
-            if path.with_suffix(".safetensors").exists() and about.get("kind") not in READERS and "condition_dim" in about:
-                families[about["name"]] = zoo.family(about, zoo.load_from(folder, path.stem))
-                cards[about["name"]] = about
-        if not families:
-            raise ValueError(f"{folder} has no models: NAME.json with NAME.safetensors, as `ebmfast train` writes them")
+        families, cards = {}, {}
+        for name, about in zoo.cards_in(folder).items():
+            families[about["name"]] = zoo.family(about, zoo.load_from(folder, name))
+            cards[about["name"]] = about
         return cls(families, cards, _method(next(iter(cards.values()))))
 
     @property
@@ -164,8 +159,6 @@ class Models:
         """Whether any of them was trained with a cross-entropy term."""
         return any(map(_is_hybrid, self.cards.values()))
 
-
-READERS = ("judge", "counter")
 
 
 def _is_hybrid(card: dict) -> bool:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ..samplers import Annealed
 
 _FOLDER = Path(__file__).parent
+READERS = ("judge", "counter")  # kinds of networks that read samples
 
 
 def names(kind: str = "noise-conditional energy") -> list[str]:
@@ -40,8 +41,28 @@ def card(name: str) -> dict[str, Any]:
 
 
 def folder(group: str | None = None) -> Path:
-    """Where the bundled models lie; `group` "objects", "continual", "pairs" or "paper": models of one experiment each."""
+    """Where the bundled models lie; `group` "objects", "continual", "pairs", "paper" or "scenes64": those of one experiment."""
     return _FOLDER / group if group else _FOLDER
+
+
+def located(folder: str | Path) -> Path:
+    """That folder, or, where there is none, the bundled group of that name."""
+    folder = Path(folder)
+    bundled = _FOLDER / folder
+    return bundled if len(folder.parts) == 1 and not folder.exists() and bundled.is_dir() else folder
+
+
+def cards_in(folder: str | Path) -> dict[str, dict]:
+    """Cards of the models of a folder by the name of their files: NAME.json beside NAME.safetensors, readers of samples left out.
+
+    Raises ValueError where there are none.
+    """
+    paths = [p for p in sorted(Path(folder).glob("*.json")) if p.with_suffix(".safetensors").exists()]
+    cards = {p.stem: card_from(folder, p.stem) for p in paths}
+    found = {name: about for name, about in cards.items() if "condition_dim" in about and about.get("kind") not in READERS}
+    if not found:
+        raise ValueError(f"{folder} has no models: NAME.json with NAME.safetensors, as `ebmfast train` writes them")
+    return found
 
 
 def card_from(folder: str | Path, name: str) -> dict:
