@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -101,3 +102,14 @@ def check_noise_id(
 
 def _dtype(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def positive_integer(value, what: str) -> int:
+    """A whole number above 0, of numpy too; `what` names it in the error."""
+    try:
+        found = operator.index(value)
+    except TypeError:
+        found = 0
+    if isinstance(value, bool) or found < 1:
+        raise ValueError(f"{what} must be a positive integer, got {value!r}")
+    return found

@@ -322,7 +322,7 @@ class CpuBackend(Backend):
         rows = [
             (old.data_ptr(), new.data_ptr(), old.nbytes // max(batch, 1)) for old, new in zip(current, proposed)
         ]
-        accepted = torch.empty(batch, dtype=torch.bool)
+        accepted = torch.empty(batch, dtype=torch.bool, device=log_ratio.device)
         core.accept(
             rows,
             log_ratio.data_ptr(),

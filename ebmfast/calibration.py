@@ -184,6 +184,7 @@ def _sampled(states, shape, sampler: Sampler, steps, n: int, seed: int, batch_si
                 if last == sampler.steps_per_level - 1 and level < len(sampler.sigmas):
                     kept.setdefault(level, []).append(info.x.detach().clone())
 
+        keep.only_looks = True  # type: ignore[attr-defined]
         result = sample(state, n, shape, sampler, steps, seed=(seed + k) % 2**64, energies=False, batch_size=batch_size,
                         callback=keep if levels != (None,) else None, **options)
         if levels == (None,):

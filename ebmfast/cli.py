@@ -144,12 +144,12 @@ def _sample(args) -> int:
         images.check()  # before an hour of sampling
     families, cards = models_of(args.models)
     written = parse(args.expression, families)
-    try:
-        written.check_grounded()
-    except UngroundedNegationError as error:  # as it was written, and without what only Python has
-        raise ValueError(str(error).removesuffix(IF_MEANT)) from None
     expression, base = zoo.recommended(written, cards)
     expression = written if args.no_prior else expression
+    try:
+        expression.check_grounded(base.sigmas)
+    except UngroundedNegationError as error:
+        raise ValueError(_in_the_words_of(written, error)) from None
     shape = cards[next(leaf.family.name for leaf in expression.leaves if leaf.family is not None)]["shape"]
     run = sampling.prepare(expression, _sampler(base, args), shape=tuple(shape), backend=args.backend,
                            batch_size=args.batch_size)
@@ -171,6 +171,15 @@ def _sample(args) -> int:
     print(result.report)
     print(f"wrote {args.out}")
     return 0
+
+
+def _in_the_words_of(written, error: UngroundedNegationError) -> str:
+    """What is wrong with an expression, said of it as it was written and without what only Python has."""
+    try:
+        written.check_grounded()
+    except UngroundedNegationError as plainer:
+        error = plainer
+    return str(error).removesuffix(IF_MEANT)
 
 
 def _add_demo(commands) -> None:

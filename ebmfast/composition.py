@@ -220,13 +220,13 @@ class Expression:
         """The tree as JSON, models by name; `from_json` reads it back.
 
         Raises:
-            ValueError: two models have one name, so that nobody could tell them apart.
+            ValueError: two models, or two concepts without a family, have one name, so that nobody could tell them apart.
         """
-        models: dict[str, tuple] = {}
+        known: dict[str, object] = {}
         for leaf in self.leaves:
-            name = leaf.name if leaf.family is None else leaf.family.name
-            if models.setdefault(name, leaf.source.key) != leaf.source.key:
-                raise ValueError(f"two models are named {name!r}: give them names, as in Concept(model, name=...)")
+            name, what = (leaf.name, leaf) if leaf.family is None else (leaf.family.name, leaf.source.key)
+            if known.setdefault(name, what) != what:
+                raise ValueError(f"two models or concepts are named {name!r}: give them names, as in Concept(model, name=...)")
         return json.dumps(_to_data(self))
 
 

@@ -7,7 +7,7 @@ import weakref
 import torch
 from torch import Tensor, nn
 
-_passed: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> whether it was in train mode
+_passed: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> which of its modules were in train mode
 TOLERANCE = 1e-2  # relative: libraries may sum a batch of another size in another order
 
 
@@ -27,20 +27,25 @@ def check_rows(evaluator, x: Tensor, sigma: float | None) -> None:
         for p in part.passes:
             for member in getattr(p, "members", [p]):
                 model = member.group.source.model
-                key = id(model), getattr(model, "training", None)
+                key = id(model), _modes(model)
                 if member.group.source.returns != "energy" or _known(model) or key in part.plan.checked:
                     continue
                 _check(part, member, x[rows], sigma)
                 part.plan.checked.add(key)
                 try:
-                    _passed[model] = getattr(model, "training", None)
+                    _passed[model] = _modes(model)
                 except TypeError:
                     pass  # not to be referred to weakly
 
 
+def _modes(model) -> tuple[bool, ...]:
+    """Which of a model's modules are in train mode."""
+    return tuple(m.training for m in model.modules()) if isinstance(model, nn.Module) else ()
+
+
 def _known(model) -> bool:
     try:
-        return model in _passed and _passed[model] == getattr(model, "training", None)
+        return model in _passed and _passed[model] == _modes(model)
     except TypeError:
         return False
 

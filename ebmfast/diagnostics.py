@@ -22,7 +22,7 @@ def split_rhat(draws: Tensor, rank: bool = False) -> Tensor:
     """Split R̂: each chain halved, R̂ = √(((N - 1)/N W + B/N) / W), N the length of a half.
 
     W is the mean of the variances within halves, B/N the variance of their means. With `rank`, draws are replaced by
-    normal scores of their ranks first, which makes sense without moments too. NaN where nothing varies.
+    normal scores of their ranks first, which makes sense without moments too. NaN where nothing varies, or not all is finite.
 
     Args:
         draws: `[chain, draw, ...]`, 4 draws or more; of an odd number the middle one is left out.
@@ -32,7 +32,7 @@ def split_rhat(draws: Tensor, rank: bool = False) -> Tensor:
     """
     draws = _checked(draws)
     halves = _halves(_normal_scores(draws) if rank else draws)
-    return _rhat(halves.mean(1), halves.var(1), halves.shape[1])
+    return _where_varied(draws, _rhat(halves.mean(1), halves.var(1), halves.shape[1]))
 
 
 def ess(draws: Tensor, rank: bool = False) -> Tensor:
@@ -46,7 +46,7 @@ def ess(draws: Tensor, rank: bool = False) -> Tensor:
         rank: of the ranks' normal scores ("bulk").
 
     Returns:
-        float64 `[...]`; NaN where nothing varies.
+        float64 `[...]`; NaN where nothing varies, or not all is finite.
     """
     draws = _checked(draws)
     halves = _halves(_normal_scores(draws) if rank else draws)
@@ -60,7 +60,13 @@ def ess(draws: Tensor, rank: bool = False) -> Tensor:
     positive = (pairs > 0).cumprod(0)
     pairs = pairs.clamp_min(0).cummin(0).values * positive
     tau = (2 * pairs.sum(0) - 1).clamp_min(1 / math.log10(m * n))
-    return torch.where(total > 0, m * n / tau, torch.nan)
+    return _where_varied(draws, torch.where(total > 0, m * n / tau, torch.nan))
+
+
+def _where_varied(draws: Tensor, value: Tensor) -> Tensor:
+    """`value` where draws are finite and not all the same, NaN elsewhere: rounding makes a little variance of nothing."""
+    low, high = draws.amin((0, 1)), draws.amax((0, 1))
+    return torch.where((high > low) & draws.isfinite().all(0).all(0), value, torch.nan)
 
 
 @dataclass(frozen=True)

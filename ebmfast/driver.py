@@ -182,7 +182,7 @@ class Chains:
     def _trial(self, rows: int):
         """A function that takes the models' part of a step of so many chains."""
         call, sigma = self.call, self.coefficients.sigma[0] if self.coefficients.sigma else None
-        chosen = torch.arange(rows) % call.n
+        chosen = torch.arange(rows, device="cpu") % call.n
         x = self.x[chosen.to(call.device)]
         evaluator = self.run_.plan.bind(x, {name: c[chosen] for name, c in call.conditions.items()})
 
@@ -280,10 +280,12 @@ class Chains:
     def _observe(self, rows: slice, t: int, evaluator, kernel) -> None:
         sigma, trace = self._sigma_of(t), self.trace
         if self.callback is not None:
+            before = None if getattr(self.callback, "only_looks", False) else (self.x[rows].clone(), self._versions())
             self.callback(StepInfo(t + 1, self.call.first_chain + rows.start, self.x[rows], sigma))
-            if not getattr(self.callback, "only_looks", False):
+            if before is not None:
                 evaluator.refresh()
-                kernel.forget()
+                if before[1] is None or before[1] != self._versions() or not torch.equal(before[0], self.x[rows]):
+                    kernel.forget()
         if trace is None or (t + 1) % trace.every:
             return
         with torch.no_grad():
@@ -298,6 +300,13 @@ class Chains:
         if trace.energy or trace.states:
             kept = rows.start, energy if trace.energy else None, x.clone() if trace.states else None
             self._kept.setdefault(t + 1, []).append(kept)
+
+    def _versions(self) -> list[tuple[int, int]] | None:
+        """What tells whether models were changed: the parameters' and buffers' own counts; None where there are functions."""
+        models = [leaf.source.model for leaf in self.run_.plan.leaves]
+        if not all(isinstance(m, torch.nn.Module) for m in models):
+            return None
+        return [(id(p), p._version) for m in models for p in (*m.parameters(), *m.buffers())]
 
     def _diagnose(self, rows: slice, t: int, x: torch.Tensor, energy: torch.Tensor) -> None:
         values = x if self.trace.summary is None else self.trace.summary(x)

@@ -67,7 +67,8 @@ class Guard:
         self.pending: list[tuple[torch.Tensor, torch.Tensor]] = []  # looks that were not evaluated yet
         self.radius, self.energy, self.slope = torch.zeros_like(energy), energy.clone(), torch.full_like(energy, torch.inf)
         self.streak = torch.zeros_like(energy)
-        self.extent = torch.where(self.extent > 0, self.extent, x.abs().amax(1))  # of chains that began at 0, without noise
+        now = x.abs().amax(1)  # of chains that began at, or near, 0 without noise, what they began at tells nothing
+        self.extent = torch.where(now > FARTHEST / 4 * self.extent, now, self.extent)
 
     def _again(self, row: int, x: torch.Tensor, energy: torch.Tensor) -> None:
         self._digest()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import threading
@@ -55,9 +56,12 @@ def _cpu() -> str:
 
 
 def path() -> Path:
-    """The file, whose text is `{key: [seconds, ...]}`."""
+    """The file, whose text is `{key: [seconds, ...]}`; where there is no home folder, none that exists."""
     folder = os.environ.get("EBMFAST_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "ebmfast")
-    return Path(folder).expanduser() / "measured.json"
+    try:
+        return Path(folder).expanduser() / "measured.json"
+    except RuntimeError:  # a user that the machine does not know, as in containers
+        return Path(os.devnull) / "measured.json"
 
 
 def forget() -> None:
@@ -71,7 +75,9 @@ def _read() -> dict[str, list[float]]:
     if _known is None or _from != path():
         _from = path()
         try:
-            _known = {k: [float(v) for v in values] for k, values in json.loads(_from.read_text()).items()}
+            found = {k: [float(v) for v in values] for k, values in json.loads(_from.read_text()).items()
+                     if isinstance(values, list)}
+            _known = {k: values for k, values in found.items() if values and all(map(math.isfinite, values))}
         except (OSError, ValueError, AttributeError, TypeError):
             _known = {}
     return _known

@@ -56,7 +56,7 @@ class Plan:
         self.choices: dict[tuple[int, ...], str] = {}  # how models of one architecture run, and why: by leaves
         self.in_branches: set = set()  # shapes for which nothing is stacked,
         self.in_stacks: set = set()  # and those for which something is, and was seen to agree
-        self.checked: set[tuple[int, bool | None]] = set()  # models, in train mode or not, whose rows were seen not to be coupled
+        self.checked: set[tuple[int, tuple[bool, ...]]] = set()  # models, and modes, in which rows were seen not to be coupled
         self._compiled: dict[int, Compiled] = {}
         if compile and stack is True:
             raise ValueError("`stack_models` and `compile` exclude each other: compiled models run in branches")
@@ -246,7 +246,8 @@ def check_conditions(expression: Expression, conditions: Mapping | None, n: int)
     for name, value in conditions.items():
         value = torch.as_tensor(value)
         # A copy: a state that resumes must not follow what becomes of the caller's buffer.
-        value = value.to(torch.get_default_dtype()) if not value.is_floating_point() else value.detach().clone()
+        whole = torch.promote_types(torch.get_default_dtype(), torch.float32)  # bfloat16 would round labels
+        value = value.to(whole) if not value.is_floating_point() else value.detach().clone()
         if value.ndim != 2 or value.shape[0] != n:
             raise ValueError(f"`conditions[{name!r}]` must be [n, C] with n = {n}, got {list(value.shape)}")
         if not torch.isfinite(value).all():

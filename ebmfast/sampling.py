@@ -85,7 +85,8 @@ def sample(expr: Expression, n: int | None = None, shape: int | Sequence[int] | 
             the chain engine where every leaf is a native energy (`ebmfast.energies`), on the backends cpu and cuda.
         trace: an int k keeps the energy per chain every k steps; `Trace(every=k, states=True)` also x;
             `Trace(every=k, diagnostics=True)` split R̂ and effective sample sizes.
-        callback: called with a `StepInfo` after every step of every micro-batch.
+        callback: called with a `StepInfo` after every step of every micro-batch. It may change the states, and models (with
+            several devices those of the first only: the others' copies follow at the next call).
         progress: show a progress bar, with the mean energy and the acceptance of the chains that run.
         energies: evaluate the energies of the final states.
         on_nonfinite: "raise"; "freeze" stops such chains where they last were finite and reports them; "restart"
@@ -227,7 +228,7 @@ class Run:
         frozen = _frozen_mask(frozen_mask, call)
         if call.x is not None:
             _check_inside(call.x, self._bounds, frozen, "`x`")
-        trace = Trace(every=operator.index(trace)) if hasattr(trace, "__index__") else trace
+        trace = Trace(every=trace) if hasattr(trace, "__index__") else trace
         if not isinstance(trace, Trace | None):
             raise TypeError(f"`trace` must be a Trace, a number of steps or None, got {trace!r}")
         if trace is not None and trace.energy:
@@ -297,10 +298,11 @@ class Run:
         n, first_chain = _check_int("n", n, 0), _check_int("first_chain", first_chain, 0)
         if first_chain > rng.MAX_CHAINS - n:
             raise ValueError(f"`first_chain` must be at most 2^60 - {n}, got {first_chain}")
+        self.plan.check_shape(shape)
         steps = self._steps(steps)
         device = _device(device, self.plan)
         return Call(x, n, shape, dtype, device, rng.resolve_seed(seed), first_chain, 0, steps,
-                     torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.int64, device=device),
+                     torch.zeros(n, dtype=torch.int64, device="cpu"), torch.zeros(n, dtype=torch.int64, device=device),
                      check_conditions(self.plan.expression, conditions, n))
 
     def _check_resume(self, n, seed, steps, conditions, x, first_chain, state) -> Call:
@@ -313,14 +315,14 @@ class Run:
         n = _agree("n", n, state.x.shape[0], "`resume`")
         start = _check_x(state.x, self.shape, self.device)
         base, target = state.base, state.target
-        asked = steps if steps is not None else self.steps
+        asked = steps if steps is not None else self.steps if self.sampler.steps is None else self.sampler.steps
         if state.finished:
             if self.sampler.steps is not None:
                 raise ValueError(
                     f"`resume`: this run is finished, and {type(self.sampler).__name__} takes its {self.sampler.steps} steps from"
                     " the start: pass the state's `x` as `x`")
             base, target = state.target, state.target + self._steps(steps)
-        elif (self.sampler.steps or asked or target - base) != target - base:
+        elif asked is not None and asked != target - base:
             remedy = "the same `steps`, or none" if self.sampler.steps is None else "a sampler of as many"
             raise ValueError(f"`resume` is an interrupted run of {target - base} steps: finish it first ({remedy})")
         rows = check_conditions(self.plan.expression, conditions or state.conditions, n)
@@ -477,6 +479,8 @@ def _check_x(x, shape, device, name: str = "x", n: int | None = None) -> torch.T
     if x.ndim < 1 or (shape is not None and tuple(x.shape[1:]) != tuple(shape)) or (n is not None and len(x) != n):
         want = "[n, *S]" if shape is None else f"[{'n' if n is None else n}, {', '.join(map(str, shape))}]"
         raise ValueError(f"`{name}` must be {want}, got {list(x.shape)}")
+    if 0 in x.shape[1:]:
+        raise ValueError(f"`{name}` must not have chains without elements, got {list(x.shape)}")
     if device is not None and x.device != indexed(device):
         raise ValueError(f"`{name}` must be on {indexed(device)}, got {x.device}")
     bad = ~torch.isfinite(x.detach()).reshape(len(x), x[0].numel() if len(x) else 0).all(1)

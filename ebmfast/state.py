@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ._checks import positive_integer
 from .diagnostics import Diagnostics
 
 FORMAT = "ebmfast-state-1"
@@ -87,8 +88,7 @@ class Trace:
     summary: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def __post_init__(self):
-        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
-            raise ValueError(f"`every` must be a positive number of steps, got {self.every!r}")
+        object.__setattr__(self, "every", positive_integer(self.every, "`every`"))
         if self.summary is not None and not self.diagnostics:
             raise ValueError("`summary` belongs to diagnostics=True")
 

@@ -70,6 +70,49 @@ def test_what_callbacks_change_counts_in_both_engines(name):
     assert a.x[:, 1].mean() > 0.5  # the mean went away from 0, and chains after it
 
 
+@pytest.mark.parametrize("inner", [ef.MALA, ef.HMC, ef.BAOAB])
+def test_what_callbacks_change_counts_before_a_denoising_step_too(inner):
+    seen = []
+
+    def energy(x, sigma):
+        seen.append(float(x.detach().min()))
+        return (x.square() / (2 * (1 + sigma[:, None] ** 2))).sum(1)
+
+    moved = []
+
+    def change(info):
+        info.x.add_(10.0)
+        moved.append(float(info.x.min()))
+
+    ef.sample(ef.Concept(energy), 4, 2, ef.Annealed([1.0], 5, inner=inner), None, 0, callback=change, check=False)
+    assert all(place in seen for place in moved)
+
+
+def test_callbacks_that_only_look_cost_nothing():
+    """What is known of the target is forgotten only where something changed."""
+    class Counted(nn.Module):
+        calls = 0
+
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(0.5))
+
+        def forward(self, x):
+            Counted.calls += 1
+            return self.scale * x.square().sum(1)
+
+    def calls(callback):
+        Counted.calls = 0
+        ef.sample(ef.Concept(model), 4, 2, ef.MALA(0.1), 20, 0, callback=callback, check=False, energies=False)
+        return Counted.calls
+
+    model = Counted()
+    alone = calls(None)
+    assert calls(lambda info: None) == alone
+    assert calls(lambda info: model.scale.detach().mul_(1.0)) >= 2 * alone - 4
+    assert calls(lambda info: info.x.add_(1.0)) >= 2 * alone - 4
+
+
 def test_momenta_feel_what_callbacks_change():
     found = []
 
@@ -130,8 +173,9 @@ def test_every_sampler_takes_float64(name):
 
 def test_the_guard_leaves_descents_from_0_alone():
     steep, sampler = quadratic(500.0, 10.0), ef.Langevin(1e-4, temperature=0.0)
-    r = ef.sample(steep, x=torch.zeros(2, 4), sampler=sampler, steps=500)
-    torch.testing.assert_close(r.x, torch.full((2, 4), 10.0))
+    for start in (0.0, 1e-8, 1e-6):
+        r = ef.sample(steep, x=torch.full((2, 4), start), sampler=sampler, steps=500)
+        torch.testing.assert_close(r.x, torch.full((2, 4), 10.0))
     pit = ef.Concept(lambda x: -10 * x.square().sum(1))
     within = ef.sample(pit, x=torch.full((2, 4), 1e-3), sampler=ef.Langevin(0.1, temperature=0.0, clamp=(-1e8, 1e8)), steps=300)
     assert (within.x.abs() == 1e8).all()  # bounded: nothing to guard
@@ -165,15 +209,111 @@ def test_conditions_of_one_model_may_lie_anywhere_beside_fixed_ones():
     assert both.energy(x, conditions={"c": rows}).tolist() == [10.0, 7.5]
 
 
+def test_every_function_of_the_driver_ignores_the_default_device():
+    from ebmfast import backends
+
+    cpu, faults = backends.resolve("cpu", "cpu"), torch.zeros(3, dtype=torch.int64)
+    old, new, ratio = torch.zeros(3, 2), torch.ones(3, 2), torch.zeros(3)
+    run, x = ef.prepare(quadratic(), ef.MALA(0.1), shape=(2,), steps=4, check=False), torch.ones(4, 2)
+    expected = run(x=x, seed=0).x
+    with torch.device("meta"):
+        accepted = cpu.accept([old], [new], ratio, faults, step=0, seed=0, first_chain=0)
+        assert torch.equal(run(x=x, seed=0).x, expected)
+    assert accepted.device.type == "cpu" and bool(accepted.all())
+
+
+def test_log_partition_on_a_list_of_devices():
+    g = ef.Concept(Gaussian([0.0, 0.0], torch.eye(2)))
+    value, _ = ef.log_partition(g, 2, device=["cpu", "cpu"], n=64, levels=4)
+    assert value == pytest.approx(math.log(2 * math.pi), abs=0.3)
+
+
+def test_a_mass_of_torchebm_s_hmc_is_that_of_the_call():
+    hmc = compat.HamiltonianMonteCarlo(lambda x: 0.5 * x.square().sum(-1), 0.1, 2)
+    for k in range(12):
+        hmc.mass = torch.full((3,), 1.0 + k)
+        fresh = compat.HamiltonianMonteCarlo(lambda x: 0.5 * x.square().sum(-1), 0.1, 2, mass=torch.full((3,), 1.0 + k))
+        a, b = (s.sample(torch.ones(4, 3), n_steps=3, generator=torch.Generator().manual_seed(0)) for s in (hmc, fresh))
+        assert torch.equal(a, b)
+
+
+def test_a_clamp_of_torchebm_s_langevin_may_be_a_list():
+    sampler = compat.LangevinDynamics(lambda x: 0.5 * x.square().sum(-1), 0.1, clamp=[-0.1, 0.1])
+    assert sampler.sample(dim=2, n_samples=8, n_steps=5).abs().max() <= 0.1
+    sampler.clamp = [-0.05, 0.05]
+    assert sampler.sample(dim=2, n_samples=8, n_steps=5).abs().max() <= 0.05
+
+
+def test_measured_times_need_no_home(monkeypatch, tmp_path):
+    from ebmfast import measured
+
+    for name in ("EBMFAST_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    monkeypatch.setattr("pathlib.Path.expanduser", lambda self: (_ for _ in ()).throw(RuntimeError("no home")))
+    measured.forget()
+    assert measured.once("key", lambda: [1.0, 2.0]) == [1.0, 2.0]
+    monkeypatch.undo()
+    monkeypatch.setenv("EBMFAST_CACHE", str(tmp_path))
+    (tmp_path / "measured.json").write_text('{"key": [], "other": "12", "third": [NaN], "fourth": [1, 2]}')
+    measured.forget()
+    assert measured._read() == {"fourth": [1.0, 2.0]}
+    measured.forget()
+
+
+def test_diagnostics_of_draws_that_are_not_finite_are_nan():
+    draws = torch.randn(4, 100, generator=torch.Generator().manual_seed(0))
+    for bad in (math.nan, math.inf):
+        some = draws.clone()
+        some[1, 50:] = bad
+        for rank in (False, True):
+            assert ef.diagnostics.split_rhat(some, rank=rank).isnan() and ef.diagnostics.ess(some, rank=rank).isnan()
+    assert ef.diagnostics.ess(torch.full((4, 101), 0.1, dtype=torch.float64)).isnan()
+
+
+def test_modes_of_submodules_are_seen():
+    class Centred(nn.Module):
+        def forward(self, x):
+            return x - x.mean(0) if self.training else x
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.sub = Centred()
+
+        def forward(self, x):
+            return self.sub(x).square().sum(1)
+
+    net = Net().eval()
+    run = ef.prepare(ef.Concept(net), ef.Langevin(0.1), shape=2, steps=3)
+    run(4, seed=0)
+    net.sub.train()
+    with pytest.raises(ef.CoupledError):
+        run(4, seed=0)
+
+
+def test_labels_are_not_rounded_by_the_default_dtype():
+    family = ef.Family(lambda x, c: (x * 0 + c).sum(1), "f", condition_dim=1)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        energy = family[ef.Slot("c")].energy(torch.zeros(1, 1, dtype=torch.float32), conditions={"c": torch.tensor([[257]])})
+    finally:
+        torch.set_default_dtype(before)
+    assert energy.item() == 257
+
+
 def test_buffers_say_where_a_model_lives():
     assert ef.plan.Plan(ef.Concept(Gaussian([0.0], torch.eye(1)).to("meta"))).home.type == "meta"
 
 
 def test_models_of_one_name_are_not_merged():
     one, two = nn.Linear(2, 1), nn.Linear(2, 1)
-    both = ef.Concept(one) & ef.Concept(two)
-    with pytest.raises(ValueError, match="two models are named 'Linear'"):
-        both.to_json()
+    same = ef.Concept(lambda x, c: (x * c).sum(1), [1.0, 0.0], "f"), ef.Concept(lambda x, c: (x * c).sum(1), [0.0, 1.0], "f")
+    slot = ef.Concept(same[0].source.model, ef.Slot("u"), "f")
+    for expr, name in ((ef.Concept(one) & ef.Concept(two), "Linear"), (same[0] & same[1], "f"), (same[0] & slot, "f")):
+        with pytest.raises(ValueError, match=f"two models or concepts are named '{name}'"):
+            expr.to_json()
     named = ef.Concept(one, name="a") & ef.Concept(two, name="b")
     again = from_json(named.to_json(), [ef.Concept(one, name="a"), ef.Concept(two, name="b")])
     assert again == named
@@ -226,6 +366,28 @@ def test_integers_are_those_of_any_library():
         ef.sample(quadratic(), 4.0, 2, ef.Langevin(0.1), 4, 0)
 
 
+def test_samplers_keep_numbers_of_their_own(tmp_path):
+    sizes = [0.1] * 5
+    run = ef.prepare(ef.Concept(DoubleWell()), ef.Langevin(sizes), shape=2, steps=5)
+    before = run(4, 0).x
+    sizes[:] = [0.0] * 5
+    assert torch.equal(run(4, 0).x, before) and torch.equal(run(x=run(4, 0).x, seed=0).x, run(x=before, seed=0).x)
+    annealed = ef.Annealed([1.0, 0.5], np.int64(2), inner=ef.HMC(n_leapfrog_steps=np.int64(2)))
+    r = ef.sample(ef.Concept(lambda x, sigma: x.square().sum(1) / sigma), 4, 2, annealed, None, 0, trace=ef.Trace(np.int64(2)))
+    r.state.save(tmp_path / "state.safetensors")
+    assert ef.DualAveraging(np.int64(3)).steps == 3
+    with pytest.raises(ValueError, match="`steps_per_level` must be a positive integer, got 6.5"):
+        ef.Annealed([1.0], 6.5)
+
+
+def test_shapes_are_checked_in_every_engine():
+    narrow = ef.Concept(DoubleWell(), shape=(3,))
+    with pytest.raises(ValueError, match=r"takes x of shape \[3\], got \[2\]"):
+        ef.sample(narrow, x=torch.zeros(4, 2), sampler=ef.Langevin(0.1), steps=2)
+    with pytest.raises(ValueError, match="must not have chains without elements"):
+        ef.sample(quadratic(), x=torch.zeros(4, 0), sampler=ef.Langevin(0.1), steps=2)
+
+
 def test_gradients_and_inference_within_inference_mode():
     family = ef.Family(lambda x, c: (x * c).sum(1) + x.square().sum(1), "f", condition_dim=2)
     expr, x = family(1.0, 0.0) & family(0.0, 2.0), torch.ones(3, 2)
@@ -274,8 +436,9 @@ def test_long_chains_of_operators_are_flat():
 
 def test_a_composition_of_nothing_is_sampled_and_traced():
     a = quadratic()
-    r = ef.sample(a & ef.negate(a, 1.0), 4, 2, ef.Langevin(0.1), 20, 0, trace=2, allow_improper=True)
-    assert (r.trace.energy == 0).all() and (r.energy == 0).all()
+    for sampler in SAMPLERS.values():
+        r = ef.sample(a & ef.negate(a, 1.0), 4, 2, sampler, 20, 0, trace=2, allow_improper=True)
+        assert (r.trace.energy == 0).all() and (r.energy == 0).all()
 
 
 def test_a_family_is_not_a_concept():

@@ -28,7 +28,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import sampling
 from ..composition import Concept
@@ -229,7 +229,8 @@ class _Sampler(BaseSampler):
         runs, called = self._runs, self._called(kwargs)
         if called.own is not None and not self._needs_energies:
             return False  # the whole batch runs together, whatever the gradient of one chain owes to the others
-        mode = getattr(self.model, "training", None), tuple(sorted(kwargs))
+        modules = self.model.modules() if isinstance(self.model, nn.Module) else ()
+        mode = tuple(m.training for m in modules), tuple(sorted(kwargs))
         if mode in runs.uncoupled or len(x) == 1 or self._native_leaf(x, kwargs) is not None:
             return False
         if couples(called, x):
@@ -491,6 +492,7 @@ class LangevinDynamics(_Sampler):
         self._register_param("noise_scale", noise_scale, positive=True)
         if clamp is not None and clamp[0] >= clamp[1]:
             raise ValueError(f"clamp must be (low, high) with low < high, got {clamp}")
+        clamp = None if clamp is None else (float(clamp[0]), float(clamp[1]))
         if decay:
             raise NotImplementedError(f"`decay` must be 0, got {decay}: torchebm takes it and does nothing with it")
         self.clamp, self.decay = clamp, decay
@@ -523,7 +525,7 @@ class LangevinDynamics(_Sampler):
                             model_kwargs, generator)
 
     def _options(self) -> tuple:
-        return (self.clamp,)
+        return (None if self.clamp is None else tuple(self.clamp),)
 
     def _dynamics(self, values):
         eta, sigma = values
@@ -605,7 +607,7 @@ class HamiltonianMonteCarlo(_Sampler):
             raise ValueError(f"`x` must be [n, dim] in HamiltonianMonteCarlo, got {list(x.shape)}")
 
     def _options(self) -> tuple:
-        mass = (id(self.mass), self.mass._version) if isinstance(self.mass, Tensor) else self.mass
+        mass = tuple(self.mass.flatten().tolist()) if isinstance(self.mass, Tensor) else self.mass
         return self.n_leapfrog_steps, mass
 
     def _dynamics(self, values):

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from .._checks import positive_integer
 from ..composition import Expression
 from ..weights import weight_at
 from .baoab import BAOAB
@@ -68,8 +69,7 @@ class Annealed(Dynamics):
         sigmas = tuple(float(s) for s in self.sigmas)
         if not sigmas or not all(math.isfinite(s) and s > 0 for s in sigmas):
             raise ValueError(f"`sigmas` must be one or more positive noise levels, got {sigmas}")
-        if int(self.steps_per_level) < 1:
-            raise ValueError(f"`steps_per_level` must be at least 1, got {self.steps_per_level}")
+        object.__setattr__(self, "steps_per_level", positive_integer(self.steps_per_level, "`steps_per_level`"))
         if not (math.isfinite(self.drift) and self.drift > 0):
             raise ValueError(f"`drift` must be positive, got {self.drift}")
         if self.inner not in INNER and not isinstance(self.inner, INNER):
@@ -193,6 +193,10 @@ class DenoisingKernel(StepByStep):
     def catch_up(self, state: LangevinState, row: int, step: int) -> None:
         """Bring a chain that starts anew at `step` to where the others are."""
         self.inner.catch_up(state, row, step)
+
+    def forget(self) -> None:
+        """States or models may have been changed: what is known of the target is not true any more."""
+        self.inner.forget()
 
     def step(self, state: LangevinState):
         """One step of every chain that has no fault."""

@@ -19,8 +19,8 @@ class Dynamics:
         """Make plain, private values of schedules and of a mass that were given as arrays: a sampler never changes."""
         for name in SCHEDULES:
             value = getattr(self, name, None)
-            if hasattr(value, "tolist"):
-                value = value.tolist()
+            value = value.tolist() if hasattr(value, "tolist") else value
+            if value is not None:
                 object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
         if hasattr(getattr(self, "mass", None), "tolist"):
             object.__setattr__(self, "mass", torch.as_tensor(self.mass).detach().clone())

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .. import rng
+from .._checks import positive_integer
 from ..chain import BoundChain
 from .base import check_mass, mass_like
 from .metropolis import Metropolis, MetropolisChain, MetropolisKernel, check_bounds, coefficients, plus
@@ -55,8 +56,7 @@ class HMC(Metropolis):
     def __post_init__(self):
         self.settle()
         object.__setattr__(self, "bounds", check_bounds(self.bounds))
-        if isinstance(self.n_leapfrog_steps, bool) or not isinstance(self.n_leapfrog_steps, int) or self.n_leapfrog_steps < 1:
-            raise ValueError(f"`n_leapfrog_steps` must be a positive integer, got {self.n_leapfrog_steps!r}")
+        object.__setattr__(self, "n_leapfrog_steps", positive_integer(self.n_leapfrog_steps, "`n_leapfrog_steps`"))
         check_mass(self.mass)
 
     def coefficients(self, expression, steps: int, start: int = 0) -> Coefficients:

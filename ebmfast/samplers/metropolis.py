@@ -155,7 +155,7 @@ class MetropolisKernel(StepByStep):
         gradients, energies = self.evaluator.gradients(x, self._sigma)
         energies = [e.detach() if e.dtype is x.dtype else e.detach().to(x.dtype) for e in energies]
         energy = self.evaluator.total(energies, self._sigma)
-        gradient = gradients[0]
+        gradient = gradients[0] if len(gradients) else torch.zeros_like(x)
         for k in range(1, len(gradients)):
             gradient = gradient + gradients[k]
         if self.frozen_mask is not None:

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .._checks import positive_integer
+
 LOG_SCALE, LOG_AVERAGE, ERROR, COUNT = range(4)  # columns of the state
 
 
@@ -43,8 +45,7 @@ class DualAveraging:
     kappa: float = 0.75
 
     def __post_init__(self):
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
-            raise ValueError(f"`steps` of a warm-up must be a positive integer, got {self.steps!r}")
+        object.__setattr__(self, "steps", positive_integer(self.steps, "`steps` of a warm-up"))
         if self.target is not None and not 0 < self.target < 1:
             raise ValueError(f"`target` must be an acceptance between 0 and 1, got {self.target}")
         if not (self.gamma > 0 and self.t0 >= 0 and 0.5 < self.kappa <= 1):
