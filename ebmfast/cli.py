@@ -14,7 +14,7 @@ from . import __version__, images, sampling, zoo
 from .backends import NAMES, BackendUnavailableError
 from .composition import IF_MEANT, UngroundedNegationError
 from .expressions import parse
-from .samplers import Annealed
+from .samplers import Annealed, Langevin
 
 DEMO = (
     ("one concept", "position(-0.5, 0.5)"),
@@ -33,6 +33,13 @@ def main(argv: list[str] | None = None) -> int:
     if args.command is None:
         parser.print_help()
         return 0
+    from safetensors import SafetensorError
+
+    from .generate.engines.local import WorkerDied
+    from .generate.lock import LockedError
+    from .training.loop import DivergenceError
+
+    ours = (BackendUnavailableError, SafetensorError, LockedError, WorkerDied, DivergenceError)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _warn
@@ -40,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         print(f"\nebmfast: {stop or 'interrupted'}", file=sys.stderr)
         return 130
-    except (ValueError, TypeError, ImportError, OSError, ArithmeticError, BackendUnavailableError) as error:
+    except (ValueError, TypeError, ImportError, OSError, ArithmeticError, *ours) as error:
         print(f"ebmfast {args.command}: error: {error}", file=sys.stderr)
         return 2
 
@@ -126,6 +133,11 @@ def models_of(folders):
 
 
 def _sampler(base, args):
+    if isinstance(base, Langevin):
+        if any(value is not None for value in (args.levels, args.steps_per_level, args.drift)):
+            raise ValueError("`--levels`, `--steps-per-level` and `--drift` are for models with noise levels; these have none")
+        return base
+
     def given(value, default):
         return default if value is None else value
 
@@ -147,11 +159,12 @@ def _sample(args) -> int:
     expression, base = zoo.recommended(written, cards)
     expression = written if args.no_prior else expression
     try:
-        expression.check_grounded(base.sigmas)
+        expression.check_grounded(base.noise_levels())
     except UngroundedNegationError as error:
         raise ValueError(_in_the_words_of(written, error)) from None
-    shape = cards[next(leaf.family.name for leaf in expression.leaves if leaf.family is not None)]["shape"]
-    run = sampling.prepare(expression, _sampler(base, args), shape=tuple(shape), backend=args.backend,
+    about = cards[next(leaf.family.name for leaf in expression.leaves if leaf.family is not None)]
+    steps = about["schedule"]["steps"] if isinstance(base, Langevin) else None
+    run = sampling.prepare(expression, _sampler(base, args), shape=tuple(about["shape"]), steps=steps, backend=args.backend,
                            batch_size=args.batch_size)
     if not args.quiet:
         print(run.explain())

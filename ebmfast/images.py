@@ -83,6 +83,8 @@ def read(path, size: tuple[int, int], data_range: tuple[float, float]) -> torch.
         if file.size != tuple(size):
             wanted, got = (f"{w}x{h}" for w, h in (size, file.size))
             raise ValueError(f"{path} must be {wanted} pixels, as the models' data are, got {got}")
+        if file.mode.startswith(("I", "F")):  # converted, they would be cut off at white
+            raise ValueError(f"{path} has pixels of more than 8 bits ({file.mode}): save it with 8")
         pixels = torch.frombuffer(bytearray(file.convert("RGB").tobytes()), dtype=torch.uint8)
     low, high = data_range
     return pixels.view(size[1], size[0], 3).permute(2, 0, 1).float() / 255 * (high - low) + low

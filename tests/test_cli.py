@@ -149,3 +149,39 @@ def test_infer_says_what_is_wrong(capsys, tmp_path, args, message):
     images.save(images.grid([torch.zeros(1, 3, 8, 8)], scale=1, gap=0), tmp_path / "p.png", {})
     status, _, text = run(capsys, "infer", tmp_path / "p.png", *args)
     assert status == 2 and message in text and text.startswith("ebmfast infer: error: ")
+
+
+def test_models_without_noise_levels_are_sampled_as_their_cards_say(capsys, tmp_path, monkeypatch):
+    """Those of contrastive divergence: chains of a fixed length, from uniform noise."""
+    steps = 5
+    real = zoo.card_from
+
+    def shorter(folder, name):
+        about = real(folder, name)
+        cut = {k: v[:steps] for k, v in about["schedule"].items() if k in ("step", "noise")}
+        return about | {"schedule": about["schedule"] | cut | {"steps": steps}}
+
+    monkeypatch.setattr(zoo, "card_from", shorter)
+    out = ["--models", "paper", "--out", tmp_path / "a.png"]
+    status, text, _ = run(capsys, "sample", "color('red') & position(0, 0)", "--n", 2, *out)
+    assert status == 0 and "2 chains x 5 steps" in text
+    status, _, err = run(capsys, "sample", "color('red')", "--levels", 3, *out)
+    assert status == 2 and "are for models with noise levels" in err
+
+
+def test_what_priors_ground_is_sampled(capsys, tmp_path):
+    """The text alone would not be grounded; what is sampled, with its priors counted once, is."""
+    args = ["sample", "shape('cube') & negate(color('red'), alpha=1.5)", "--n", "1", "--levels", "2", "--steps-per-level", "1"]
+    assert run(capsys, *args, "--out", str(tmp_path / "a.png"))[0] == 0
+    status, _, err = run(capsys, "sample", "~color('red')", "--out", str(tmp_path / "a.png"))
+    assert status == 2 and "error: ~color('red') is not grounded" in err and "allow_improper" not in err
+
+
+def test_expected_failures_are_one_line(capsys, monkeypatch):
+    from ebmfast.training.loop import DivergenceError
+
+    def fail(_):
+        raise DivergenceError("training diverged at iteration 1")
+
+    monkeypatch.setattr(cli, "_doctor", fail)
+    assert cli.main(["doctor"]) == 2 and capsys.readouterr().err == "ebmfast doctor: error: training diverged at iteration 1\n"

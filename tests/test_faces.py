@@ -10,7 +10,7 @@ import torch
 from ebmfast import faces
 from ebmfast.cli import main
 from ebmfast.faces.celeba import read_attributes
-from ebmfast.faces.draw import random_face
+from ebmfast.faces.draw import random_face, write_faces
 from ebmfast.faces.figure import NESTED, compose, concepts_of, load
 from ebmfast.training.concepts import FACES
 
@@ -189,3 +189,14 @@ def test_every_default_row_is_over_known_concepts():
     for text in NESTED:
         assert concepts_of(text) <= set(FACES)
     assert {"smiling", "male", "old", "wavy_hair", "black_hair", "attractive"} <= set().union(*map(concepts_of, NESTED))
+
+
+def test_nobody_s_pictures_are_drawn_over(tmp_path):
+    folder = tmp_path / "img_align_celeba"
+    folder.mkdir()
+    (folder / "000001.jpg").write_bytes(b"mine")
+    with pytest.raises(FileExistsError, match="choose another folder"):
+        write_faces(tmp_path, count=1)
+    assert (folder / "000001.jpg").read_bytes() == b"mine"
+    with pytest.raises(ValueError, match="`count` must be 1 or more"):
+        write_faces(tmp_path / "other", count=0)

@@ -43,7 +43,8 @@ def test_ranks_in_processes_at_the_same_time(tmp_path, whole):
     """The variables of torchrun for one, those of SLURM for the other."""
     (tmp_path / "plan.json").write_text(json.dumps(points()))
     command = [sys.executable, "-m", "ebmfast", "generate", tmp_path / "plan.json", "--out", tmp_path / "out"]
-    ours = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "1"}
+    ours = ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"},
+            {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "1"})
     ranks = [subprocess.Popen(command, env=os.environ | extra, stdout=subprocess.PIPE, text=True) for extra in ours]
     said = [rank.communicate(timeout=120)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0] and any("is complete" in text for text in said)
@@ -52,15 +53,15 @@ def test_ranks_in_processes_at_the_same_time(tmp_path, whole):
 
 
 def test_where_rank_and_world_come_from(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"):
         monkeypatch.delenv(name, raising=False)
     assert engines.chosen("auto") == "local"
     with pytest.raises(ValueError, match="needs RANK and WORLD_SIZE"):
         torchrun.place()
     monkeypatch.setenv("SLURM_PROCID", "5")
-    monkeypatch.setenv("SLURM_NTASKS", "1")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
     assert engines.chosen("auto") == "local"  # a single task is not a job of ranks
-    monkeypatch.setenv("SLURM_NTASKS", "8")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
     monkeypatch.setenv("SLURM_LOCALID", "1")
     assert engines.chosen("auto") == "torchrun" and torchrun.place() == (5, 8, 1)
     monkeypatch.setenv("RANK", "0")

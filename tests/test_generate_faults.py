@@ -108,6 +108,26 @@ def test_errors_in_workers_reach_the_caller_as_they_are(tmp_path, workers):
     assert not status.describe(stores.at(tmp_path / "out"))["running"]
 
 
+@pytest.mark.parametrize("name", ["README.md", "preview.png", "data/notes.txt"])
+def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path, name):
+    (tmp_path / "plan.json").write_text(json.dumps(points()))
+    mine = tmp_path / "out" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    with pytest.raises(ValueError, match=f"has files of its own, {name}, and is no data set: take another --out"):
+        generate(tmp_path / "plan.json", tmp_path / "out", workers=0)
+    assert mine.read_text() == "mine"
+
+
+def test_temporary_files_of_others_are_left_alone(tmp_path):
+    (tmp_path / "plan.json").write_text(json.dumps(points()))
+    mine = tmp_path / "out" / "notes.tmp-old.txt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    assert generate(tmp_path / "plan.json", tmp_path / "out", workers=0)
+    assert mine.read_text() == "mine"
+
+
 def full_after(limit: int, what: str, monkeypatch):
     """From the time on that `limit` bytes are written to files of a kind, the disk is full; returns a switch that frees it."""
     state, real = {"written": 0, "free": False}, os.fsync

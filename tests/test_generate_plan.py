@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from dataset_plans import NET, NORMAL, points
 
 from ebmfast import zoo
 from ebmfast.expressions import parse
+from ebmfast.generate import conditions as conditions_module
+from ebmfast.generate import models as models_module
 from ebmfast.generate import plan as plans
 from ebmfast.generate import sampler, spec
 from ebmfast.generate.cli import example
@@ -219,6 +222,37 @@ def test_tables_give_conditions_per_sample(tmp_path, name, text):
     vectors, labels = conditions.rows(torch.arange(10, 15))
     assert labels == {"c": ["a", "b", "a", "b", "a"]}
     assert vectors["p"].tolist() == [[0.5, 1.0], [2.0, 3.0]] * 2 + [[0.5, 1.0]]
+
+
+@pytest.mark.parametrize("text, message", [
+    ("c,p.0,p.1\na,1\n", "row 1 has fewer cells"), ("c\na\nb,3\n", "row 2 has more cells"), ("p.0,p.2\n1,2\n", "must be p.0, p.1"),
+    ("p.0,p.1\n1,x\n", "row 1, p.1 must be a number, got 'x'"), ("p.0\nnan\n", "row 1, 'p' must be a label or finite")])
+def test_malformed_rows_are_named(tmp_path, text, message):
+    (tmp_path / "rows.csv").write_text(text)
+    with pytest.raises(PlanError, match=message):
+        drawn(table="rows.csv", base=tmp_path)
+
+
+def test_columns_of_a_vector_go_by_their_numbers(tmp_path):
+    (tmp_path / "rows.csv").write_bytes("\ufeffp.1,p.0\n0.9,-0.9\n".encode())
+    assert conditions_module._table("rows.csv", tmp_path, "here") == {"p": [[-0.9, 0.9]]}
+    (tmp_path / "rows.jsonl").write_text('{"p": null}\n')
+    with pytest.raises(PlanError, match="row 1, 'p' must be a label or finite numbers, got None"):
+        conditions_module._table("rows.jsonl", tmp_path, "here")
+
+
+def test_cards_are_part_of_the_identity(tmp_path):
+    """What a card says of labels and schedules makes samples, so that an edited card is another plan."""
+    folder = zoo.folder("paper")
+    for suffix in (".json", ".safetensors"):
+        shutil.copy(folder / f"color{suffix}", tmp_path)
+    model = spec.Model(card="color.json")
+    before = models_module.fingerprint("color", model, tmp_path)
+    about = json.loads((tmp_path / "color.json").read_text())
+    (tmp_path / "color.json").write_text(json.dumps(about | {"minutes": 3}))
+    assert models_module.fingerprint("color", model, tmp_path) == before
+    (tmp_path / "color.json").write_text(json.dumps(about | {"labels": about["labels"] | {"red": [0.0] * 6}}))
+    assert models_module.fingerprint("color", model, tmp_path) != before
 
 
 def test_ragged_and_unknown_tables_are_refused(tmp_path):

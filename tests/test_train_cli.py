@@ -70,7 +70,7 @@ def test_a_trained_model_is_described_by_its_card(data, tmp_path, name):
     card = train(data, tmp_path / "out", name)
     concept = RECIPES[name].concept
     family = zoo.family(card, zoo.load_from(tmp_path / "out", concept))
-    condition = torch.zeros(1, card["condition_dim"])
+    condition = torch.tensor([[(low + high) / 2 for low, high in card["ranges"]] or [0.0] * card["condition_dim"]])
     assert family(condition[0].tolist()).energy(torch.zeros(1, 3, 32, 32), sigma=1.0).isfinite().all()
     assert card["name"] == concept and card["shape"] == [3, 32, 32] and card["method"] == "score matching" and card["hybrid"]
     assert card["held_out"] == [list(pair) for pair in scenes.HELD_OUT]

@@ -41,6 +41,10 @@ examples:
   ebmfast evaluate four -n 128 --conditions 64 --condition-seed 0   # while choosing settings"""
 
 
+class LackingError(ValueError):
+    """An experiment's models are not there."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `ebmfast evaluate`."""
     parser.add_argument("names", nargs="+", metavar="NAME", help="experiments, or all of those whose models are there")
@@ -78,7 +82,13 @@ def run(args: argparse.Namespace) -> int:
         if everything and _models(needed, folders) is None:
             print(f"{name}: left out, for there are no models: --models {needed}=DIR\n", flush=True)
             continue
-        table = _inference(args, folders) if name == INFERENCE else _experiment(name, args, folders)
+        try:
+            table = _inference(args, folders) if name == INFERENCE else _experiment(name, args, folders)
+        except LackingError as lacking:
+            if not everything:
+                raise
+            print(f"{name}: left out: {lacking}\n", flush=True)
+            continue
         print(table.markdown())
         print("\n".join(f"wrote {p}" for p in table.write(args.out)), "\n", flush=True)
     return 0
@@ -152,7 +162,7 @@ def _experiment(name: str, args, folders) -> Table:
     lacking = {row.title: c for row in experiment.rows for c in row.tree.concepts if c not in models.families}
     rows = [row for row in experiment.rows if row.title not in lacking]
     if not rows:
-        raise ValueError(f"{name!r} needs a model named {next(iter(lacking.values()))!r}; there are {', '.join(models.families)}")
+        raise LackingError(f"{name!r} needs a model named {next(iter(lacking.values()))!r}; there are {', '.join(models.families)}")
     reader = _reader(args.counter if experiment.reader == "counter" else args.judge, experiment.reader, models)
     real = _data("objects-test" if experiment.reader == "counter" else "test", models, args.data)
     protocol = _protocol(args, models, reader, real)
@@ -182,6 +192,8 @@ def _lines(row, experiment: Experiment, models: Models, folders, protocol: Proto
     joint = None if counted else _models("joint", folders)
     if joint is not None and "joint" in joint.families:
         lines.append(protocol.joint(row, joint))
+        if joint.law.held_out and not models.law.held_out:
+            lines[-1].note = "trained without some pairs of shape and color, which the labels here may ask for"
     else:
         why = "one model has no such condition" if counted else "not trained: --models joint=DIR"
         lines.append(Scored(row.title, "one joint model", {}, note=why))
@@ -195,6 +207,8 @@ def _lines(row, experiment: Experiment, models: Models, folders, protocol: Proto
 
 def _inference(args, folders) -> Table:
     models = _models("zoo", folders)
+    if "position" not in models.families:
+        raise LackingError(f"{INFERENCE!r} needs a model named 'position'; there are {', '.join(models.families)}")
     reader = _reader(args.judge, "judge", models)
     found = {"test": _data("test", models, args.data)} | {v: _data(f"vary-{v}", models, args.data) for v in VARIATIONS}
     sets = {name: data for name, data in found.items() if not isinstance(data, str)}

@@ -40,7 +40,10 @@ class Table:
     reached: list = field(default_factory=list)
 
     def __post_init__(self):
-        ours = {line.row: line for line in self.lines if line.by == self.ours}
+        ours: dict[str, Scored] = {}
+        for line in self.lines:  # the first of a row: another line may be by the same method
+            if line.by == self.ours:
+                ours.setdefault(line.row, line)
         for row, column, sign, value in self.floors:
             cell = ours[row].cells.get(column) if row in ours else None
             if cell is not None:

@@ -71,7 +71,7 @@ class CelebA:
         self.attribute_file = self.root / "list_attr_celeba.txt"
         if not self.attribute_file.exists():
             raise FileNotFoundError(f"{self.attribute_file} is missing: put CelebA's attribute file there "
-                                    f"(or draw schematic faces: ebmfast faces draw {self.root})")
+                                    "(or draw schematic faces into another folder: ebmfast faces draw FOLDER)")
         self.files, self.attributes, self.names = read_attributes(self.attribute_file)
         self.source = self._pictures()
 

@@ -167,16 +167,19 @@ def _glasses(pen: _Pen, face: Face) -> None:
 def write_faces(root: str | Path, count: int = 2000, size: int = 64, seed: int = 0) -> Path:
     """Draw faces into `root` in CelebA's layout: `img_align_celeba/000001.jpg` and so on, and `list_attr_celeba.txt`.
 
-    Face i is a function of (seed, i). Raises FileExistsError when there is an attribute file already, so that nobody's CelebA
-    is written over.
+    Face i is a function of (seed, i). Raises FileExistsError when there are an attribute file or pictures already, so that
+    nobody's CelebA is written over.
     """
     from PIL import Image
 
     root = Path(root)
     table = root / "list_attr_celeba.txt"
-    if table.exists():
-        raise FileExistsError(f"{table} exists; choose another folder")
     folder = root / "img_align_celeba"
+    for path in (table, folder, folder.with_suffix(".zip")):
+        if path.exists() and (path.is_file() or any(path.iterdir())):
+            raise FileExistsError(f"{path} exists; choose another folder")
+    if count < 1:
+        raise ValueError(f"`count` must be 1 or more, got {count}")
     folder.mkdir(parents=True, exist_ok=True)
     lines = [str(count), " ".join(ATTRIBUTES)]
     for i in range(count):

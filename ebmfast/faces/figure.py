@@ -30,15 +30,11 @@ def concepts_of(text: str) -> set[str]:
 
 
 def load(folders: Iterable[Path]) -> dict[str, tuple]:
-    """`{name: (family, card)}` of every model in the folders. Raises FileNotFoundError where there is none."""
+    """`{name: (family, card)}` of every model in the folders. Raises ValueError where there is none."""
     models = {}
     for folder in folders:
-        cards = [p for p in sorted(Path(folder).glob("*.json")) if p.with_suffix(".safetensors").exists()]
-        if not cards:
-            raise FileNotFoundError(f"{folder} has no NAME.json with a NAME.safetensors beside it; train with `ebmfast train`")
-        for path in cards:
-            about = zoo.card_from(folder, path.stem)
-            models[about["name"]] = (zoo.family(about, zoo.load_from(folder, path.stem)), about)
+        for name, about in zoo.cards_in(folder).items():
+            models[about["name"]] = (zoo.family(about, zoo.load_from(folder, name)), about)
     return models
 
 
@@ -60,11 +56,11 @@ def compose(models: dict[str, tuple], expressions: Sequence[str], n: int = 8, st
         if cards[0]["sigma"] is None:
             settings, share = cards[0]["schedule"], max(1.0, float(expression.step_scale))
             if isinstance(settings["step"], list):  # with a last step of its own: the chain is as long as the card says
-                steps, drift = settings["steps"], [d / share for d in settings["step"]]
+                length, drift = settings["steps"], [d / share for d in settings["step"]]
             else:
-                drift = settings["step"] / share
+                length, drift = steps, settings["step"] / share
             sampler = Langevin.reference_code(drift, settings["noise"], grad_clip_value=settings["gradient_clip"])
-            x = sample(expression, n, shape, sampler, steps, seed, energies=False).x
+            x = sample(expression, n, shape, sampler, length, seed, energies=False).x
         else:
             counted, sampler = zoo.recommended(expression, {name: about for name, (_, about) in models.items()})
             x = 0.5 * (sample(counted, n, shape, sampler, seed=seed, energies=False).x + 1.0)

@@ -137,6 +137,12 @@ def _table(table: str | list[dict], base: Path, place: str) -> dict[str, list]:
     names = list(rows[0])
     if ragged := next((i for i, row in enumerate(rows) if set(row) != set(names)), None):
         raise PlanError(f"{place}.table: row {ragged} has {', '.join(rows[ragged])}, the first has {', '.join(names)}")
+    for number, row in enumerate(rows, 1):
+        for name in names:
+            value = row.get(name)
+            numbers = value if isinstance(value, list) else [value]
+            if value is None or any(v is None or (isinstance(v, float) and not math.isfinite(v)) for v in numbers):
+                raise PlanError(f"{place}.table: row {number}, {name!r} must be a label or finite numbers, got {value!r}")
     return {name: [row[name] for row in rows] for name in names}
 
 
@@ -151,17 +157,27 @@ def _read_parquet(path: Path) -> list[dict]:
 
 def _read_csv(path: Path) -> list[dict]:
     """Columns `c` of labels or numbers; the numbers of a vector stand in columns `p.0`, `p.1`, ..."""
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
     read = []
-    for row in rows:
+    for number, row in enumerate(rows, 1):
         out: dict = {}
+        vectors: dict[str, dict[int, float]] = {}
         for key, text in row.items():
+            if key is None or text is None:
+                raise ValueError(f"row {number} has {'more' if key is None else 'fewer'} cells than the heading")
             name, dot, place = key.rpartition(".")
-            if dot and place.isdigit():
-                out.setdefault(name, []).append(float(text))
-            else:
+            if not (dot and place.isdigit()):
                 out[key] = _number_or_label(text)
+                continue
+            try:
+                vectors.setdefault(name, {})[int(place)] = float(text)
+            except ValueError:
+                raise ValueError(f"row {number}, {key} must be a number, got {text!r}") from None
+        for name, numbers in vectors.items():
+            if sorted(numbers) != list(range(len(numbers))):
+                raise ValueError(f"the columns of {name!r} must be {name}.0, {name}.1, ..., got {sorted(numbers)}")
+            out[name] = [numbers[k] for k in range(len(numbers))]
         read.append(out)
     return read
 

@@ -29,15 +29,26 @@ def references(spec: Spec) -> dict[str, Model]:
     return found
 
 
+MEANING = ("architecture", "condition_dim", "labels", "data_range", "shape", "sigma", "takes_sigma", "prior", "negation_alpha",
+           "schedule")  # what of a card makes samples
+
+
 def fingerprint(name: str, model: Model, base: Path) -> dict:
-    """What a model's weights hash to; empty where it has none of its own."""
+    """What a model's weights, and what of its card makes samples, hash to; empty where it has none of its own."""
     try:
         if model.zoo is not None:
-            return {"sha256": zoo.card(model.zoo)["sha256"]}
+            about = zoo.card(model.zoo)
+            return {"sha256": about["sha256"], "card": _meaning(about)}
         file = model.weights if model.card is None else str(Path(model.card).with_suffix(".safetensors"))
-        return {} if file is None else {"sha256": hashlib.sha256((base / file).read_bytes()).hexdigest()}
+        found = {} if file is None else {"sha256": hashlib.sha256((base / file).read_bytes()).hexdigest()}
+        return found if model.card is None else found | {"card": _meaning(json.loads((base / model.card).read_text()))}
     except (OSError, ValueError) as error:
         raise PlanError(f"models.{name}: {error}") from None
+
+
+def _meaning(about: dict) -> str:
+    """The hash of what a card says of how its model is called and sampled."""
+    return hashlib.sha256(json.dumps({k: about.get(k) for k in MEANING}, sort_keys=True).encode()).hexdigest()
 
 
 def card_of(name: str, model: Model, base: Path) -> dict | None:

@@ -15,16 +15,18 @@ KINDS = {"langevin": Langevin, "mala": MALA, "hmc": HMC, "baoab": BAOAB}
 def prepare(spec: Spec, number: int, expression, cards: dict):
     """The expression to sample, with priors counted as the plan says, the sampler, and `steps` (None: the sampler's own)."""
     composition, table = spec.compositions[number], spec.sampler
-    counted, base = expression, None
+    counted, base, steps = expression, None, None
     if cards:
         counted, base = zoo.recommended(expression, cards)
+        if isinstance(base, Langevin):  # models without noise levels: the chains of their cards
+            steps = next(iter(cards.values()))["schedule"]["steps"]
     if composition.prior == "none":
         counted = expression
     try:
         if isinstance(table, tables.Recommended):
             if base is None:
                 raise PlanError(f"sampler: is missing, and no model of compositions[{number}] has a card that names one")
-            return counted, _changed(base, table), None
+            return counted, _changed(base, table), steps
         if isinstance(table, tables.AnnealedTable):
             return counted, _annealed(table), None
         return counted, _plain(table), table.steps
@@ -34,7 +36,11 @@ def prepare(spec: Spec, number: int, expression, cards: dict):
         raise PlanError(f"sampler: {error}") from None
 
 
-def _changed(base: Annealed, table: tables.Recommended) -> Annealed:
+def _changed(base: Annealed | Langevin, table: tables.Recommended) -> Annealed | Langevin:
+    if isinstance(base, Langevin):
+        if table.levels or table.steps_per_level or table.drift:
+            raise PlanError("sampler: levels, steps_per_level and drift are for models with noise levels; these have none")
+        return base
     return Annealed.geometric(
         base.sigmas[0], base.sigmas[-1], table.levels or len(base.sigmas), denoise=base.denoise,
         steps_per_level=table.steps_per_level or base.steps_per_level, drift=table.drift or base.drift)

@@ -92,6 +92,8 @@ class Session:
                 raise ChangedPlanError(
                     f"{self.store} holds the data set of another plan. Take another --out, or the old plan, to go on with it:\n"
                     f"{self.plan.difference(text)}")
+        elif foreign := [f for f in ("README.md", "preview.png") if self.store.exists(f)] + list(self.store.stats("data"))[:3]:
+            raise ValueError(f"{self.store} has files of its own, {', '.join(foreign)}, and is no data set: take another --out")
         elif write:
             origin = {"base": str(self.plan.base), "source": self.plan.source}
             self.store.put(f"{HOME}/origin.json", json.dumps(origin).encode(), self.mark)

@@ -231,7 +231,11 @@ def leftovers(store: Store, folders: tuple[str, ...], owner: str | None = None) 
     """Names of temporary files that a run left: all, or those of one owner."""
     mark = ".tmp-" if owner is None else f".tmp-{owner}"
     for folder in folders:
-        yield from (name for name in store.stats(folder) if mark in name.rpartition("/")[2])
+        for path in store.stats(folder):
+            name = path.rpartition("/")[2]
+            ours = name.startswith(("shard-", "README.md.", "preview.png.")) or folder.startswith("_")
+            if mark in name and ours:
+                yield path
 
 
 def _joined(folder: str, name: str) -> str:

@@ -50,6 +50,8 @@ def parse_config(text: str) -> SceneConfig:
 def run(args: argparse.Namespace) -> int:
     """Render what is missing and print the folders."""
     given = {f: getattr(args, f) for f in ("count", "samples", "seed") if getattr(args, f) is not None}
+    if args.count is not None and args.count < 1:
+        raise ValueError(f"`--count` must be 1 or more, got {args.count}")
     for config in _configs(args):
         print(generate(replace(config, **given), args.root, args.workers, progress=not args.quiet), flush=True)
     return 0

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
+import re
 from pathlib import Path
 
 import torch
@@ -93,11 +95,18 @@ def bf16_helps(device: torch.device) -> bool:
 
 def run(args: argparse.Namespace) -> int:
     """Train, report what the test set says, and write weights and card to --out."""
+    for name in ("iterations", "batch", "learning_rate", "count"):
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"`--{name.replace('_', '-')}` must be positive, got {value}")
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     device, data = device_of(args.device), read(args)
     bf16 = bf16_helps(device) if args.bf16 is None else args.bf16
     out = Path(args.out or f"runs/{data.recipe.group}" + ("" if args.method == "score" else "-contrastive"))
+    there = out / f"{data.recipe.concept}.json"
+    if there.exists() and (about := json.loads(there.read_text()).get("about")) != data.recipe.about:
+        raise ValueError(f"{there} is another model ({about}), which would be written over: take another --out")
     (train_contrastive if args.method == "contrastive" else train_score)(args, data, device, bf16, out)
     return 0
 
@@ -119,7 +128,7 @@ def train_score(args: argparse.Namespace, data: TrainingData, device: torch.devi
     frozen = frozen_models(recipe, data.labels, args.frozen, device)
     trainer = Trainer(model, data.images, data.conditions, config, out / f"{recipe.name}.run", data.counts, frozen,
                       pictures=pictures, pictures_every=args.pictures_every, tensorboard=args.tensorboard)
-    weights = go(trainer, args)
+    weights = go(trainer, args, data)
     model.load_state_dict(stored(weights), strict=False)
     test, labels, condition = data.test()
     plain = dataclasses.replace(config.levels, focus=0.0)
@@ -130,8 +139,10 @@ def train_score(args: argparse.Namespace, data: TrainingData, device: torch.devi
     print(f"{path}: test error {error:.4f} after {config.iterations} iterations, {trainer.seconds / 60:.1f} minutes")
 
 
-def go(trainer, args: argparse.Namespace) -> dict:
+def go(trainer, args: argparse.Namespace, data: TrainingData) -> dict:
     """Run a trainer from the start, or from its checkpoint with --resume."""
+    trainer.source = {"data": re.sub(r" --root \S+", "", data.about), "start_from": args.start_from,
+                      "parameters": sum(p.numel() for p in trainer.model.parameters())}
     if args.resume:
         print(f"resumed at iteration {trainer.iteration}" if trainer.resume() else "no checkpoint, starting afresh")
     elif trainer.checkpoint.exists():

@@ -195,7 +195,7 @@ class ContrastiveTrainer(Loop):
     def _message(self, iteration: int, what: str) -> str:
         rate = self.config.rate(iteration)
         return (f"training diverged at iteration {iteration} (learning rate {rate:.2e}): {what} "
-                f"The last good checkpoint is in {self.folder}.")
+                + self.last_good())
 
     def figures(self, records: list[dict]) -> dict:
         """Mean energies of pictures and negatives, and how full the buffer is."""

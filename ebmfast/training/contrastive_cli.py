@@ -63,11 +63,12 @@ def train_contrastive(args: argparse.Namespace, data: TrainingData, device: torc
                                  out / f"{data.recipe.name}.run",
                                  frozen_models(data.recipe, data.labels, args.frozen, device), pictures=pictures,
                                  pictures_every=args.pictures_every, tensorboard=args.tensorboard)
-    go(trainer, args)
+    go(trainer, args, data)
     averaged = trainer.averaged().cpu()
     options = {"method": "score", "network": "cubes", "width": 64, "level": 0.2, "steps": 40, "drift": 100.0,
                "noise": 0.001, "gradient_clip": None, "squares": 1.0, "smoothing": 0.0, "max_gap": 20.0}
     path = write_contrastive_card(out, data.recipe, architecture, config, averaged, command_of(args, config, DEFAULTS | options),
                                   trainer.seconds / 60, args.resolution, data.about, args.start_from, data.held_out)
-    last = trainer.figures(trainer._recent[-config.log_every:])
-    print(f"{path}: {config.iterations} iterations, {trainer.seconds / 60:.1f} minutes, energy gap {last['gap']:.4g}")
+    recent = trainer._recent[-config.log_every:]  # none where a run that was complete is resumed
+    gap = f", energy gap {trainer.figures(recent)['gap']:.4g}" if recent else ""
+    print(f"{path}: {config.iterations} iterations, {trainer.seconds / 60:.1f} minutes{gap}")

@@ -52,6 +52,7 @@ class Loop:
         self.average = {k: v.detach().clone() for k, v in model.named_parameters()}
         self.optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, betas=config.betas, fused=True)
         self.iteration, self.seconds = 0, 0.0
+        self.source: dict = {}  # what else a checkpoint has to agree in: data, network, start
         self.pictures, self.pictures_every = pictures, pictures_every
         self._recent: list[dict] = []
         self._best = math.inf
@@ -64,6 +65,10 @@ class Loop:
     def figures(self, records: list[dict]) -> dict:
         """What a line of the log says besides loss, gradient norm, rate and time."""
         return {}
+
+    def last_good(self) -> str:
+        """Where training can go on from."""
+        return f"The last good checkpoint is in {self.folder}." if self.checkpoint.exists() else "No checkpoint was written yet."
 
     def diagnosis(self, record: dict) -> str:
         """Where training stands when it diverges, and what to change."""
@@ -184,7 +189,8 @@ class Loop:
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"adam.{key}.{name}"] = value.contiguous()
         best = self._best if math.isfinite(self._best) else None
-        note = {"iteration": self.iteration, "seconds": self.seconds, "best": best, "config": asdict(self.config)}
+        note = {"iteration": self.iteration, "seconds": self.seconds, "best": best, "config": asdict(self.config),
+                "source": self.source}
         temporary = self.checkpoint.with_suffix(".tmp")
         save_file(tensors, str(temporary), metadata={"note": json.dumps(note)})
         os.replace(temporary, self.checkpoint)
@@ -201,6 +207,8 @@ class Loop:
             note = json.loads(file.metadata()["note"])
             mine = json.loads(json.dumps(asdict(self.config)))
             changed = [k for k in mine if mine[k] != note["config"].get(k)]
+            before = note.get("source") or {}
+            changed += [k for k in self.source if k in before and before[k] != self.source[k]]
             if changed:
                 raise ValueError(f"{self.checkpoint} was made with other settings of {', '.join(changed)}")
             self._restore(file)

@@ -130,7 +130,7 @@ class Trainer(Loop):
             f"{self._best:.4g}), gradient norm {record['gradient_norm']:.4g}, learning rate "
             f"{self.config.rate(record['iteration']):.2e}, error by noise level {{{bands}}}. Halve the learning rate "
             f"or lower `clip`; if only the lowest levels are large, raise the smallest sigma. "
-            f"The last good checkpoint is in {self.folder}."
+            + self.last_good()
         )
 
     def figures(self, records: list[dict]) -> dict:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from ..composition import Expression, Family
-    from ..samplers import Annealed
+    from ..samplers import Annealed, Langevin
 
 _FOLDER = Path(__file__).parent
 READERS = ("judge", "counter")  # kinds of networks that read samples
@@ -181,14 +181,19 @@ def _prior_of(term):
     return leaf.family.unconditional
 
 
-def recommended(expression: Expression, about: Mapping[str, dict[str, Any]] | None = None) -> tuple[Expression, Annealed]:
-    """The expression with its priors counted once, and the sampler that the cards name: `(expression, Annealed)`.
+def recommended(expression: Expression,
+                about: Mapping[str, dict[str, Any]] | None = None) -> tuple[Expression, Annealed | Langevin]:
+    """The expression with its priors counted once, and the sampler that the cards name.
+
+    That is `Annealed`; for models without noise levels, as contrastive divergence trains them, `Langevin` as long as the chains
+    of the card (`card["schedule"]["steps"]`), its drift shared between the conjuncts.
 
     The prior of each conjunct is its own model's (`own_priors`); a composition that has a prior of its own
     (`with_prior`, or a leaf `.unconditional`), or a model without one, is returned as it is. Cards of other models go
     in `about`.
     """
-    from ..samplers import Annealed
+    from ..samplers import Annealed, Langevin
+    from ..weights import lowest
 
     families = [leaf.family for leaf in expression.leaves if leaf.family is not None]
     cards = [c for f in families if (c := (about or {}).get(f.name) or _card_or_none(f.name))]
@@ -199,6 +204,11 @@ def recommended(expression: Expression, about: Mapping[str, dict[str, Any]] | No
     if not has_one and len(families) == len(expression.leaves) == len(cards) and all(c["prior"] for c in cards):
         counted = own_priors(expression, schedule.get("prior_above", 0.0), schedule.get("prior_weight", 1.0))
         expression = expression if counted.simplified == expression.simplified else counted
+    if "sigma_max" not in schedule:
+        share = max(1.0, lowest(expression.step_scale))
+        drift = schedule["step"]
+        drift = [d / share for d in drift] if isinstance(drift, list) else drift / share
+        return expression, Langevin.reference_code(drift, schedule["noise"], grad_clip_value=schedule.get("gradient_clip"))
     return expression, Annealed.geometric(
         schedule["sigma_max"], schedule["sigma_min"], schedule["levels"], denoise=schedule["denoise"],
         steps_per_level=schedule["steps_per_level"], drift=schedule["drift"])

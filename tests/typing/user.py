@@ -68,7 +68,7 @@ def others() -> None:
     log_z, error = ef.log_partition(ef.Concept(modes), (2,))
     ef.sample(ef.Concept(modes), 4, (2,), ef.MALA(0.1), 3, branches=ef.DrawBranches([log_z, error]))
     expr, sampler = ef.zoo.recommended(ef.zoo.concepts()["color"]("red"))
-    assert_type(sampler, ef.Annealed)
+    assert_type(sampler, ef.Annealed | ef.Langevin)
     assert_type(LangevinDynamics(modes, step_size=0.1).explain((2,)), str)
     HamiltonianMonteCarlo(modes, 0.1, 10, 2.0).sample(dim=2, n_samples=3)
     sample = AnnealedULASampler(1, 1, [0.1], lambda x, ts: -x)
