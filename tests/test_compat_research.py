@@ -222,3 +222,9 @@ def test_a_momentum_kept_in_part_turns_round_where_a_proposal_is_rejected():
     x = sampler.sample_step(torch.zeros(20000, 1), 0, None, {})
     assert abs(x.mean().item() + 0.5772) < 5 * (math.pi**2 / 6 / 20000) ** 0.5
     assert abs(x.var().item() / (math.pi**2 / 6) - 1) < 5 * (4.4 / 20000) ** 0.5  # kurtosis 5.4
+
+
+def test_leapfrog_steps_that_diverge_say_so():
+    sampler = AnnealedUHASampler(1, 60, [10.0], 1.0, [1.0], 5, lambda x, ts: -1e6 * x)
+    with pytest.raises(ef.NonFiniteError, match="non-finite state in 3 chain"):
+        sampler.sample_step(torch.ones(3, 2), 0, None, {})

@@ -29,6 +29,7 @@ from .._checks import indexed
 from ..backends import resolve
 from ..composition import Concept, Expression, all_of
 from ..samplers import MALA, Langevin
+from ..state import Fault, NonFiniteError
 
 __all__ = ["AnnealedCHASampler", "AnnealedMALASampler", "AnnealedUHASampler", "AnnealedULASampler", "get_sample_q", "paper_loop"]
 
@@ -187,7 +188,14 @@ class AnnealedUHASampler(_Hamiltonian):
         for i in range(self._num_samples_per_step):
             v = self._refreshed(v, x, mass, i + 1, seed)
             x, v, _ = self._leapfrog(x, v, self._slope(x), size, mass)
+            _check_finite(x, i)
         return x
+
+
+def _check_finite(x: Tensor, step: int) -> None:
+    bad = torch.nonzero(~torch.isfinite(x).flatten(1).all(1)).flatten().tolist()
+    if bad:
+        raise NonFiniteError([Fault(row, step, None) for row in bad], "state")
 
 
 class AnnealedCHASampler(_Hamiltonian):
