@@ -163,9 +163,8 @@ def _sample(args) -> int:
     except UngroundedNegationError as error:
         raise ValueError(_in_the_words_of(written, error)) from None
     about = cards[next(leaf.family.name for leaf in expression.leaves if leaf.family is not None)]
-    steps = about["schedule"]["steps"] if isinstance(base, Langevin) else None
-    run = sampling.prepare(expression, _sampler(base, args), shape=tuple(about["shape"]), steps=steps, backend=args.backend,
-                           batch_size=args.batch_size)
+    run = sampling.prepare(expression, _sampler(base, args), shape=tuple(about["shape"]), backend=args.backend,
+                           steps=zoo.chain_length(expression, cards), batch_size=args.batch_size)
     if not args.quiet:
         print(run.explain())
     result = run(args.n, args.seed, first_chain=args.first_chain, progress=not args.quiet and sys.stderr.isatty())

@@ -334,10 +334,6 @@ def test_a_mass_belongs_to_its_sampler(engine):
 def test_an_interrupted_run_goes_on_with_as_many_steps_only():
     noised = ef.Concept(lambda x, sigma: (x.square().sum(1) / (2 * sigma**2)), takes_sigma=True)
 
-    def stop(info):
-        if info.step == 5:
-            raise KeyboardInterrupt
-
     state = ef.sample(noised, 4, 2, ef.Annealed([1.0, 0.5], 6), None, 0).state
     unfinished = ef.SampleState(**{**vars(state), "step": torch.full((4,), 5), "x": state.x})
     assert not unfinished.finished

@@ -18,8 +18,7 @@ def prepare(spec: Spec, number: int, expression, cards: dict):
     counted, base, steps = expression, None, None
     if cards:
         counted, base = zoo.recommended(expression, cards)
-        if isinstance(base, Langevin):  # models without noise levels: the chains of their cards
-            steps = next(iter(cards.values()))["schedule"]["steps"]
+        steps = zoo.chain_length(expression, cards)
     if composition.prior == "none":
         counted = expression
     try:

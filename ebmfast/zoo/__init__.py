@@ -186,7 +186,7 @@ def recommended(expression: Expression,
     """The expression with its priors counted once, and the sampler that the cards name.
 
     That is `Annealed`; for models without noise levels, as contrastive divergence trains them, `Langevin` as long as the chains
-    of the card (`card["schedule"]["steps"]`), its drift shared between the conjuncts.
+    of the card (`chain_length`), its drift shared between the conjuncts.
 
     The prior of each conjunct is its own model's (`own_priors`); a composition that has a prior of its own
     (`with_prior`, or a leaf `.unconditional`), or a model without one, is returned as it is. Cards of other models go
@@ -195,10 +195,7 @@ def recommended(expression: Expression,
     from ..samplers import Annealed, Langevin
     from ..weights import lowest
 
-    families = [leaf.family for leaf in expression.leaves if leaf.family is not None]
-    cards = [c for f in families if (c := (about or {}).get(f.name) or _card_or_none(f.name))]
-    if not cards:
-        raise ValueError(f"no model of {expression!r} has a card that names a schedule; pass a sampler of your own")
+    families, cards = _families(expression), _cards(expression, about)
     schedule = cards[0]["schedule"]
     has_one = any(leaf.condition is None for leaf in expression.leaves)
     if not has_one and len(families) == len(expression.leaves) == len(cards) and all(c["prior"] for c in cards):
@@ -212,6 +209,23 @@ def recommended(expression: Expression,
     return expression, Annealed.geometric(
         schedule["sigma_max"], schedule["sigma_min"], schedule["levels"], denoise=schedule["denoise"],
         steps_per_level=schedule["steps_per_level"], drift=schedule["drift"])
+
+
+def chain_length(expression: Expression, about: Mapping[str, dict[str, Any]] | None = None) -> int | None:
+    """The steps of chains that the cards of models without noise levels name; None where there are levels."""
+    schedule = _cards(expression, about)[0]["schedule"]
+    return None if "sigma_max" in schedule else schedule["steps"]
+
+
+def _families(expression: Expression) -> list[Family]:
+    return [leaf.family for leaf in expression.leaves if leaf.family is not None]
+
+
+def _cards(expression: Expression, about: Mapping[str, dict[str, Any]] | None) -> list[dict]:
+    found = [c for f in _families(expression) if (c := (about or {}).get(f.name) or _card_or_none(f.name))]
+    if not found:
+        raise ValueError(f"no model of {expression!r} has a card that names a schedule; pass a sampler of your own")
+    return found
 
 
 def _card_or_none(name: str) -> dict | None:
