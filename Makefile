@@ -66,7 +66,7 @@ bench-compare: $(STAMP)
 
 # Every model of the experiments, one after the other, and what reads their samples; hours on two cores. RESOLUTION=64 for a GPU.
 RESOLUTION ?= 32
-MODELS := position color shape size objects joint stage_position stage_shape stage_color
+MODELS := position shape coarse_color size objects joint stage_position stage_shape stage_color
 models: $(STAMP)
 	$(VENV)/bin/pip install --quiet -c constraints.txt mitsuba
 	$(VENV)/bin/ebmfast scenes all --resolution $(RESOLUTION)

@@ -235,6 +235,47 @@ class ViewedEnergy(nn.Module):
         return value if keep is None else keep * value
 
 
+class Ratio(nn.Module):
+    """What a condition adds to an energy, E(x | c) - E(x) = -log p(x | c) / p(x) but for a constant, in one call.
+
+    Args:
+        model: an energy of (x, condition, sigma) with an unconditional E(x) under condition None; where it has a method `ratio`, as
+            `ViewedEnergy` has, E(x) is not evaluated.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, condition: Tensor, sigma: Tensor | None = None) -> Tensor:
+        """Energies [B] of x [B, C, H, W] under condition [B, D] at sigma [B]."""
+        if hasattr(self.model, "ratio"):
+            return self.model.ratio(x, condition, sigma)
+        return self.model(x, condition, sigma) - self.model(x, None, sigma)
+
+
+class Symmetrized(nn.Module):
+    """An energy made blind to cyclic shifts P of its C channels: -log (1/C sum_k exp(-E(P^k x))), a mixture of shifted densities.
+
+    Shifts of the channels turn red into green into blue and leave grey as it is. White noise does not change under them, so that
+    the mixture of noised densities is the noised mixture, and its parts have one partition function. Where a prior p(x) has seen
+    some colours on some shapes only, the mixture has seen what any of the shifts shows.
+
+    Args:
+        model: an energy of (x, condition, sigma); its condition is None.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, sigma: Tensor | None = None) -> Tensor:
+        """Energies [B] of x [B, C, H, W] at sigma [B]."""
+        shifts = x.shape[1]
+        energies = [self.model(x.roll(k, 1) if k else x, None, sigma).view(-1) for k in range(shifts)]
+        return math.log(shifts) - torch.stack(energies).neg().logsumexp(0)
+
+
 def network_class(arguments: Mapping[str, Any]) -> type[NoiseConditionalEnergy | ViewedEnergy]:
     """The class of noise-conditional energies whose arguments these are."""
     return ViewedEnergy if "view" in arguments else NoiseConditionalEnergy

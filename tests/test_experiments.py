@@ -228,6 +228,25 @@ def test_a_world_with_known_energies_is_composed_right(row):
         assert set(row.free) == {"size", "shape"} and ours.cells["free attributes"].about in row.free
 
 
+def test_chains_that_diverge_show_nothing_and_are_counted():
+    """Steps that are too long for one color's energy stop its chains, not the table."""
+    row, m, run = Row("color", C, {"color": C}), world(), protocol()
+    steep = torch.tensor([0.0] * 5 + [1e30])
+    color = m.families["color"]
+
+    class Steep(torch.nn.Module):
+        def forward(self, x, condition, sigma=None):
+            return color.source.model(x, condition, sigma) + (condition @ steep) * x.flatten(1).square().sum(1)
+
+    families = {**m.families, "color": ef.Family(Steep(), "color", condition_dim=6)}
+    line = run.sampled(row, dataclasses.replace(m, families=families), Settings(plain=True))
+    asked = (run.rows(row)[0]["c"][:, 5] == 1).sum().item()
+    assert 0 < asked < run.n
+    assert line.note.startswith(f"{asked} of {run.n} chains left the region where steps are stable")
+    assert line.cells["object present"].value == pytest.approx(1 - asked / run.n)
+    assert run.sampled(row, m).note == ""
+
+
 def test_a_prior_that_is_counted_twice_is_seen():
     """Without correction the size, that neither concept speaks of, has half the variance: the plain product says so."""
     row, m = Row("and", All(P, C), {"all": All(P, C)}), world()
@@ -308,10 +327,11 @@ def test_every_experiment_builds_grounded_compositions_of_its_models():
     assert bundled.law == Law() and bundled.hybrid and bundled.method == "score matching, hybrid"
     for name, experiment in experiments.EXPERIMENTS.items():
         for row in experiment.rows:
-            composed = expression(row, bundled, experiments.protocol.CHOSEN.get(row.title, Settings()))
+            settings = experiments.protocol.CHOSEN.get(row.title, Settings())
+            composed = expression(row, bundled, settings)
             composed.check_grounded([4.0, 0.06])
             assert set(composed.slots) == set(row.tree.slots), name
-            assert all(leaf.family is families[leaf.family.name] for leaf in composed.leaves)
+            assert settings.symmetric or all(leaf.family is families[leaf.family.name] for leaf in composed.leaves)
             assert set(row.floors) <= set(row.columns)
 
 
@@ -455,7 +475,7 @@ def test_models_in_bfloat16_are_said_to_be(capsys, folders, tmp_path):
         found[options] = data
         assert data["protocol"].get("precision") == ("models in bfloat16, states in float32" if options else None)
     ours = [data["lines"][0] for data in found.values()]
-    assert "weights shape 2" in ours[0]["density"] and "12 steps a level" in ours[0]["density"]
+    assert "weights shape 1.5, color 2" in ours[0]["density"] and "24 levels" in ours[0]["density"]
     assert "weights" not in next(line for line in found[()]["lines"] if line["by"] == "contrastive divergence")["density"]
 
 

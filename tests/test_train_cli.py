@@ -98,7 +98,7 @@ def test_stages_build_on_each_other(data, tmp_path, monkeypatch, capsys):
     out = tmp_path / "continual"
     options = ("--frozen", str(out))
     assert main(["train", "stage_shape", "--data", str(data), "--out", str(out), "--quiet", *options]) == 2
-    assert "stage_shape builds on position.json of an earlier stage" in capsys.readouterr().err
+    assert "stage_shape builds on position.json, trained earlier" in capsys.readouterr().err
     for name in ("stage_position", "stage_shape", "stage_color"):
         card = train(data, out, name, *options)
         assert card["frozen"] == list(RECIPES[name].frozen)
@@ -106,6 +106,30 @@ def test_stages_build_on_each_other(data, tmp_path, monkeypatch, capsys):
     before = (out / "position.safetensors").read_bytes()
     train(data, tmp_path / "again", "stage_color", *options)
     assert (out / "position.safetensors").read_bytes() == before, "frozen models are read, never written"
+
+
+def test_a_ratio_is_trained_over_the_prior_of_another_model(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(zoo, "folder", lambda group=None: tmp_path / "nothing bundled")
+    out = tmp_path / "pairs"
+    options = ("--frozen", str(out))
+    assert main(["train", "coarse_color", "--data", str(data), "--out", str(out), "--quiet", *options]) == 2
+    assert "coarse_color builds on shape.json, trained earlier" in capsys.readouterr().err
+    train(data, out, "shape")
+    card = train(data, out, "coarse_color", *options, iterations=3)
+    assert card["name"] == "color" and card["architecture"]["arguments"]["view"] == "coarse"
+    shape, color = (zoo.load_from(out, name).state_dict() for name in ("shape", "color"))
+    prior = {k: v for k, v in color.items() if k.startswith("prior.")}
+    assert prior and all(torch.equal(v, shape[k]) for k, v in prior.items())
+    train(data, tmp_path / "other", "coarse_color", *options, "--seed", "1", iterations=3)
+    other = zoo.load_from(tmp_path / "other", "color").state_dict()
+    assert any(not torch.equal(v, other[k]) for k, v in color.items() if k.startswith("seen.")), "the ratio is trained"
+    (tmp_path / "plain").mkdir()
+    train(data, tmp_path / "plain", "color")
+    for suffix in ("json", "safetensors"):
+        (tmp_path / "plain" / f"color.{suffix}").rename(tmp_path / "plain" / f"shape.{suffix}")
+    arguments = ["train", "coarse_color", "--data", str(data), "--out", str(tmp_path / "third"), "--quiet", "--frozen"]
+    assert main([*arguments, str(tmp_path / "plain")]) == 2
+    assert "has no view" in capsys.readouterr().err
 
 
 def test_a_run_goes_on_only_when_asked(data, tmp_path, capsys):

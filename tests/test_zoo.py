@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ebmfast import Concept, negate, zoo
+from ebmfast.models import Symmetrized
 from ebmfast.scenes import HELD_OUT
 from ebmfast.weights import weight_at
 
@@ -140,6 +141,31 @@ def test_own_priors_count_each_models_prior_once():
     either = zoo.own_priors((red & cube) | where)
     assert [leaf.name for leaf in either.leaves] == [
         "color('red')", "shape('cube')", "shape.unconditional", "position(0.5, 0.5)"]
+
+
+def test_a_symmetric_prior_is_the_mixture_over_shifted_channels():
+    about, model = zoo.card("shape"), zoo.load("shape")
+    viewed = zoo.load_from(zoo.folder("pairs"), "shape")
+    families = {"shape": zoo.family(zoo.card_from(zoo.folder("pairs"), "shape"), viewed), "plain": zoo.family(about, model)}
+    x, sigma, cube, ball = picture(4), torch.full((4,), 0.5), torch.tensor([[1.0, 0, 0]] * 4), torch.tensor([[0, 1.0, 0]] * 4)
+
+    def mixture(energy):
+        return -torch.stack([-energy(x.roll(k, 1), None, sigma) for k in range(3)]).logsumexp(0) + math.log(3)
+
+    one = zoo.symmetric_prior(2 * families["shape"]("cube") & 0.5 * families["plain"]("sphere"))
+    ratios = 2 * (viewed(x, cube, sigma) - viewed(x, None, sigma)) + 0.5 * (model(x, ball, sigma) - model(x, None, sigma))
+    torch.testing.assert_close(one.energy(x, 0.5), mixture(viewed) + ratios, rtol=1e-4, atol=2e-3)
+    assert weight_at(one.step_scale, 0.5) == 1.0
+    alone = zoo.symmetric_prior(families["plain"]("cube")).energy(x, 0.5)
+    torch.testing.assert_close(alone, mixture(model) + model(x, cube, sigma) - model(x, None, sigma), rtol=1e-4, atol=2e-3)
+    two = zoo.symmetric_prior(families["plain"]("cube") | families["plain"]("sphere"))
+    expected = mixture(model) - model(x, None, sigma) - torch.stack([-model(x, cube, sigma), -model(x, ball, sigma)]).logsumexp(0)
+    torch.testing.assert_close(two.energy(x, 0.5), expected, rtol=1e-4, atol=2e-3)
+    assert len(two.leaves) == 3, "branches share their prior"
+    blind = Symmetrized(model)
+    torch.testing.assert_close(blind(x.roll(1, 1), sigma), blind(x, sigma), rtol=1e-5, atol=1e-3)
+    with pytest.raises(ValueError, match="neither"):
+        zoo.symmetric_prior(families["plain"]("cube") & (families["plain"]("sphere") | families["shape"]("cube")))
 
 
 def test_a_part_of_each_prior_can_be_taken_out():

@@ -35,6 +35,8 @@ class Settings:
     prior_above: each model's own prior is taken out at noise levels above this one only; None is the card's.
     prior_weight: how much of each prior is taken out there, 1 by Bayes' rule; None is the card's.
     plain: priors stay where they are, as in the paper: a plain product.
+    symmetric: ratios go over one prior that is blind to shifts of the channels (`zoo.symmetric_prior`) at every noise level;
+        where a model has no prior, as `plain`.
     levels, steps_per_level, drift: of the annealing; None is the card's.
     """
 
@@ -45,6 +47,7 @@ class Settings:
     prior_above: float | None = None
     prior_weight: float | None = None
     plain: bool = False
+    symmetric: bool = False
     levels: int | None = None
     steps_per_level: int | None = None
     drift: float | None = None
@@ -56,7 +59,7 @@ class Settings:
 
 
 SHARP_SHAPE = Settings(weights=(("shape", 2.0),))
-PAIRS = Settings(weights=(("shape", 2.0),), steps_per_level=12, drift=0.12)
+PAIRS = Settings(weights=(("shape", 1.5), ("color", 2.0)), symmetric=True, levels=24)
 CHOSEN: dict[str, Settings] = {  # by the title of a row
     "shape AND color AND position": SHARP_SHAPE,
     "shape AND color AND position AND size": replace(SHARP_SHAPE, levels=24),
@@ -147,7 +150,8 @@ class Models:
             return replace(settings, plain=plain, odds=odds, alpha=None, prior_above=0.0, prior_weight=settings.prior_weight or 1.0)
         above = self.schedule.get("prior_above", 0.0) if settings.prior_above is None else settings.prior_above
         weight = self.schedule.get("prior_weight", 1.0) if settings.prior_weight is None else settings.prior_weight
-        return replace(settings, plain=plain, odds=odds, prior_above=above, prior_weight=weight)
+        symmetric = settings.symmetric and not plain
+        return replace(settings, plain=plain, symmetric=symmetric, odds=odds, prior_above=above, prior_weight=weight)
 
     def pictures(self, x: Tensor) -> Tensor:
         """Samples in the range that readers expect, [-1, 1]."""
@@ -176,7 +180,9 @@ def expression(row: Row, models: Models, settings: Settings) -> Expression:
     settings, weights = models.adapted(settings), dict(settings.weights)
     kept, excluded = _excluded(row.tree) if settings.odds is not None else (row.tree, ())
     composed = compose(kept, models.families, lambda concept: weights.get(concept, 1.0), settings.negation)
-    if not settings.plain:
+    if settings.symmetric:
+        composed = zoo.symmetric_prior(composed)
+    elif not settings.plain:
         composed = zoo.own_priors(composed, settings.prior_above, settings.prior_weight)
     for part in excluded:
         family = models.families[part.concept]
@@ -202,7 +208,8 @@ def density(row: Row, models: Models, settings: Settings) -> str:
     if len(list(kept.leaves())) > 1 and not (isinstance(row.tree, Any) and all(isinstance(p, Is) for p in row.tree.parts)):
         above = f" above sigma {settings.prior_above:g}" if settings.prior_above else ""
         part = "" if settings.prior_weight == 1.0 else f" with weight {settings.prior_weight:g}"
-        parts.append(f"product, each prior counted once{part}{above}" if not settings.plain else "plain product")
+        own = f"product, each prior counted once{part}{above}"
+        parts.append("plain product" if settings.plain else "product over a symmetric prior" if settings.symmetric else own)
     if has_not(row.tree) and settings.odds is not None:
         parts.append(f"bounded negation, odds {settings.odds:g}")
     elif has_not(row.tree):
@@ -229,6 +236,11 @@ def _around(labels: Mapping[str, Tensor]) -> list[Mapping[str, Tensor]]:
     shifts = [torch.tensor([a, b]) * READING_ERROR for a, b in ((1, 1), (1, -1), (-1, 1), (-1, -1))]
     size = [s * READING_ERROR / 4 for s in (1, -1, 1, -1)]
     return [labels, *({**labels, "position": labels["position"] + s, "size": labels["size"] + t} for s, t in zip(shifts, size))]
+
+
+def _stopped(report) -> list[int]:
+    """Chains that diverged and were stopped."""
+    return sorted({fault.chain for fault in report.faults})
 
 
 @dataclass
@@ -365,16 +377,27 @@ class Protocol:
 
     def _draw(self, composed, sampler, steps, conditions, models: Models):
         start = time.perf_counter()
+        options = {"on_nonfinite": "freeze", **self.options}
         result = sample(composed, n=self.n, shape=models.shape, sampler=sampler, steps=steps, conditions=conditions, seed=self.seed,
-                        batch_size=self.batch_size, energies=False, progress=self.progress, **self.options)
+                        batch_size=self.batch_size, energies=False, progress=self.progress, **options)
         result.report.seconds = time.perf_counter() - start
-        return models.pictures(result.x), result.report
+        x = models.pictures(result.x)
+        x[_stopped(result.report)] = 0.0
+        return x, result.report
 
     def _scored(self, row: Row, by: str, x: Tensor, rows, group, words: str, report) -> Scored:
-        cells = self.score(row, self.reader.read(x), rows, group)
+        seen, stopped = dict(self.reader.read(x)), _stopped(report)
+        if stopped:
+            seen |= {name: seen[name].clone() for name in ("present", "count") if name in seen}
+            seen["present"][stopped] = False
+            if "count" in seen:
+                seen["count"][stopped] = 0
+        cells = self.score(row, seen, rows, group)
         if self.real is not None:
             cells |= self._distance(row, x)
-        return Scored(row.title, by, cells, words, report.effective_temperature[1], x[:64], round(report.seconds, 1))
+        note = f"{len(stopped)} of {len(x)} chains left the region where steps are stable: they count as showing nothing"
+        return Scored(row.title, by, cells, words, report.effective_temperature[1], x[:64], round(report.seconds, 1),
+                      note if stopped else "")
 
     def _distance(self, row: Row, x: Tensor) -> dict[str, Cell]:
         """The kernel distance of pictures to renders for which the row holds, none of them twice."""

@@ -17,7 +17,7 @@ import torch
 from ..models import network_class
 from .concepts import FACES, RECIPES
 from .contrastive_cli import add_contrastive_arguments, train_contrastive
-from .data import TrainingData, frozen_models, network_of, read, started
+from .data import TrainingData, frozen_models, network_of, network_over, read, started
 from .trainer import TrainConfig, Trainer, validation_error
 
 EXAMPLES = """examples:
@@ -45,7 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="folder of img_align_celeba (or its zip) and list_attr_celeba.txt (default: data/celeba)")
     parser.add_argument("--resolution", type=int, default=32, help="pixels per side (default: 32)")
     parser.add_argument("--frozen", default=None, metavar="DIR",
-                        help="where continual stages find the earlier ones (default: runs/continual, else the bundled ones)")
+                        help="where stages find earlier ones, and coarse_color finds shape (default: runs/GROUP, else "
+                             "the bundled ones)")
     parser.add_argument("--iterations", type=int, default=None, help="default: the model's recipe, or the paper's")
     parser.add_argument("--batch", type=int, default=None, help="default: 32, for contrastive divergence 16")
     parser.add_argument("--learning-rate", type=float, default=None, help="default: 0.0015, for contrastive divergence 0.0003")
@@ -121,9 +122,13 @@ def train_score(args: argparse.Namespace, data: TrainingData, device: torch.devi
     config = TrainConfig(
         iterations=args.iterations or recipe.iterations, batch=args.batch or 32, learning_rate=args.learning_rate or 1.5e-3,
         seed=args.seed, labels=bool(recipe.labels), contrast_weight=args.contrast, bf16=bf16)
+    network, prior = network_over(recipe, network, args.frozen)
     model = network_class(network)(**network).to(device)
     if start is not None:
         model.load_state_dict(start.state_dict())
+    if prior is not None:
+        model.prior.load_state_dict(prior.state_dict())
+        model.prior.requires_grad_(False)
     pictures = grid_writer(data.shown, args.resolution, noise_levels=True) if args.pictures_every else None
     frozen = frozen_models(recipe, data.labels, args.frozen, device)
     trainer = Trainer(model, data.images, data.conditions, config, out / f"{recipe.name}.run", data.counts, frozen,

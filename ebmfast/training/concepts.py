@@ -32,7 +32,8 @@ class ConceptRecipe:
 
     `name` is what `ebmfast train` calls it, `concept` what expressions and files call it and the data its condition; `group` is
     the folder of the models that are composed with it. `labels` maps names to one-hot places. `frozen` models of the group take
-    part in the energy that is trained, as E(x | c) - E(x), each under its own labels of the same pictures.
+    part in the energy that is trained, as E(x | c) - E(x), each under its own labels of the same pictures. `prior_of` names a
+    model of the group, one with a view as this one: its E(x) is taken over as it is, and only the ratio is trained.
     """
 
     name: str
@@ -46,6 +47,7 @@ class ConceptRecipe:
     data: str = "pairs"
     test: str = "pairs-test"
     frozen: tuple[str, ...] = ()
+    prior_of: str = ""
     prior_above: float = 0.15
     about: str = ""
 
@@ -78,6 +80,7 @@ PLACE = {"homography": camera_homography()}
 WIDE = {"widths": (32, 64, 96)}
 SMALL = {"widths": (24, 40, 56)}
 LUMINANCE = {"view": "luminance", "prior": {}, "widths": (32, 56, 80)}
+COARSE = {"view": "coarse", "prior": {}, "widths": (24, 36, 48)}
 HUELESS = LUMINANCE | {"prior": SMALL}
 SIZES = {"center": 0.55, "scale": 0.15, "harmonics": 1}
 SHAPES_AND_COLORS = len(SHAPES) + len(COLORS)
@@ -89,6 +92,8 @@ RECIPES = {r.name: r for r in (
     ConceptRecipe("position", 2, 4000, ranges=(UNIT, UNIT), network=PLACE, about="where the object is"),
     ConceptRecipe("color", len(COLORS), 4000, labels=tuple(COLORS), about="which of six colours"),
     ConceptRecipe("shape", len(SHAPES), 7000, labels=SHAPES, network=LUMINANCE, about="cube, sphere or cylinder"),
+    ConceptRecipe("coarse_color", len(COLORS), 2500, labels=tuple(COLORS), network=COARSE, concept="color", prior_of="shape",
+                  about="which of six colours, by means over 8x8 blocks, over the prior of shape"),
     ConceptRecipe("size", 1, 6000, ranges=(SIZE_RANGE,), network=WIDE | SIZES, about="how large"),
     ConceptRecipe(
         "objects", 2, 6000, ranges=(UNIT, UNIT), network=WIDE | PLACE, concept="position", group="objects", data="objects",

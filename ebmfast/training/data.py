@@ -88,20 +88,42 @@ def frozen_models(recipe: ConceptRecipe, labels, folder: str | Path | None, devi
     """The models a stage builds on, from `folder` or the bundled ones of its group, under the labels of the data."""
     from .. import zoo
 
-    found = []
-    for name in recipe.frozen:
-        place = Path(folder or f"runs/{recipe.group}")
-        place = place if (place / f"{name}.json").exists() else zoo.folder(recipe.group)
-        if not (place / f"{name}.json").exists():
-            raise FileNotFoundError(f"{recipe.name} builds on {name}.json of an earlier stage, which is not in {folder}: "
-                                    f"train that one first, or say where it is with --frozen")
-        found.append(Frozen(name, zoo.load_from(place, name).to(device), labels.condition(name)))
-    return found
+    places = {name: earlier(recipe, name, folder) for name in recipe.frozen}
+    return [Frozen(name, zoo.load_from(place, name).to(device), labels.condition(name)) for name, place in places.items()]
+
+
+def earlier(recipe: ConceptRecipe, name: str, folder: str | Path | None) -> Path:
+    """Where a model lies that this one builds on: `folder`, else runs/GROUP, else the bundled group.
+
+    Raises FileNotFoundError where it is in none of them.
+    """
+    from .. import zoo
+
+    place = Path(folder or f"runs/{recipe.group}")
+    place = place if (place / f"{name}.json").exists() else zoo.folder(recipe.group)
+    if not (place / f"{name}.json").exists():
+        raise FileNotFoundError(f"{recipe.name} builds on {name}.json, trained earlier, which is not in {folder}: "
+                                f"train that one first, or say where it is with --frozen")
+    return place
 
 
 def network_of(data: TrainingData) -> dict:
     """Arguments of the network that the recipe names, for these pictures."""
     return {"mean": data.mean, "std": data.std, "condition_dim": data.recipe.condition_dim, **data.recipe.network}
+
+
+def network_over(recipe: ConceptRecipe, network: dict, folder: str | Path | None) -> tuple[dict, nn.Module | None]:
+    """Arguments of the network with the prior that the recipe takes over, and that prior; None where it takes none."""
+    from .. import zoo
+
+    if not recipe.prior_of:
+        return network, None
+    place = earlier(recipe, recipe.prior_of, folder)
+    source, theirs = zoo.load_from(place, recipe.prior_of), zoo.card_from(place, recipe.prior_of)["architecture"]["arguments"]
+    if "view" not in theirs:
+        raise ValueError(f"{recipe.name} goes over the prior of {recipe.prior_of}, and that of {place} has no view: train it with "
+                         f"`ebmfast train {recipe.prior_of}`")
+    return network | {name: theirs[name] for name in ("mean", "std", "prior", "sigma") if name in theirs}, source.prior
 
 
 def started(folder: str, recipe: ConceptRecipe) -> tuple[nn.Module, dict]:

@@ -174,6 +174,45 @@ def _own_priors(expression, strength, taken):
     return Sum(tuple(terms), combine(lambda s, m: s + (1.0 - s) * m, taken, expression.step_scale))
 
 
+def symmetric_prior(expression: Expression) -> Expression:
+    """Every conjunction over one prior that is blind to cyclic shifts of the channels.
+
+    E_sym(x) + sum_i w_i (E_i(x | c_i) - E_i(x)), with `models.Symmetrized` of the first term's own E(x) as E_sym. A prior that has
+    never seen blue cubes has seen red and green ones, and the mixture over shifts of the channels has all three; it does not help
+    with colours that no shift relates, and is wrong where shifts change more than a colour. Ratios keep what their models know of
+    pairs: those of `ViewedEnergy` know nothing beyond their view. Steps count as for one energy. Raises ValueError for a model
+    without unconditional energy, and for parts that are neither concepts nor ORs of conjunctions of them.
+    """
+    return _symmetric_prior(expression.simplified, {})
+
+
+def _symmetric_prior(expression, made):
+    from ..composition import Concept, LogSumExp, Sum
+    from ..models import Ratio, Symmetrized
+
+    if isinstance(expression, LogSumExp):
+        branches = tuple(_symmetric_prior(child, made) for child in expression.children)
+        return LogSumExp(branches, expression.log_weights, expression.sharpness)
+
+    def module(kind, concept):
+        model = concept.source.model
+        return made.setdefault((kind, id(model)), kind(model))
+
+    terms, prior = [], None
+    for weight, term in expression.terms if isinstance(expression, Sum) else ((1.0, expression),):
+        if not isinstance(term, Concept):
+            raise ValueError(f"a symmetric prior goes under conjunctions of concepts, and ORs of them; {term!r} is neither")
+        alone = _prior_of(term)
+        if prior is None:
+            prior = Concept(module(Symmetrized, alone), name=f"{alone.name}, symmetric", takes_sigma=alone.source.takes_sigma,
+                            data_range=alone.source.data_range, sigma=alone.source.sigma, shape=alone.source.shape)
+            terms.append((1.0, prior))
+        source = term.source
+        terms.append((weight, Concept(module(Ratio, term), term.condition, f"{term.name}, ratio", takes_sigma=source.takes_sigma,
+                                      data_range=source.data_range, sigma=source.sigma, shape=source.shape)))
+    return Sum(tuple(terms), 1.0)
+
+
 def _prior_of(term):
     leaf = term.leaves[0]
     if leaf.family is None:
