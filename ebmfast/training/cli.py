@@ -121,7 +121,7 @@ def train_score(args: argparse.Namespace, data: TrainingData, device: torch.devi
     start, network = started(args.start_from, recipe) if args.start_from else (None, network_of(data))
     config = TrainConfig(
         iterations=args.iterations or recipe.iterations, batch=args.batch or 32, learning_rate=args.learning_rate or 1.5e-3,
-        seed=args.seed, labels=bool(recipe.labels), contrast_weight=args.contrast, bf16=bf16)
+        seed=args.seed, labels=bool(recipe.labels), contrast_weight=args.contrast, bf16=bf16, **recipe.options)
     network, prior = network_over(recipe, network, args.frozen)
     model = network_class(network)(**network).to(device)
     if start is not None:

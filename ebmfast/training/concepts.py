@@ -33,7 +33,8 @@ class ConceptRecipe:
     `name` is what `ebmfast train` calls it, `concept` what expressions and files call it and the data its condition; `group` is
     the folder of the models that are composed with it. `labels` maps names to one-hot places. `frozen` models of the group take
     part in the energy that is trained, as E(x | c) - E(x), each under its own labels of the same pictures. `prior_of` names a
-    model of the group, one with a view as this one: its E(x) is taken over as it is, and only the ratio is trained.
+    model of the group, one with a view as this one: its E(x) is taken over as it is, and only the ratio is trained. `options`
+    are those of `TrainConfig` that differ from its defaults.
     """
 
     name: str
@@ -48,6 +49,7 @@ class ConceptRecipe:
     test: str = "pairs-test"
     frozen: tuple[str, ...] = ()
     prior_of: str = ""
+    options: dict = field(default_factory=dict)
     prior_above: float = 0.15
     about: str = ""
 
@@ -93,6 +95,7 @@ RECIPES = {r.name: r for r in (
     ConceptRecipe("color", len(COLORS), 4000, labels=tuple(COLORS), about="which of six colours"),
     ConceptRecipe("shape", len(SHAPES), 7000, labels=SHAPES, network=LUMINANCE, about="cube, sphere or cylinder"),
     ConceptRecipe("coarse_color", len(COLORS), 2500, labels=tuple(COLORS), network=COARSE, concept="color", prior_of="shape",
+                  options={"contrast_every": 1, "contrast_rows": 32, "contrast_start": 0.0},
                   about="which of six colours, by means over 8x8 blocks, over the prior of shape"),
     ConceptRecipe("size", 1, 6000, ranges=(SIZE_RANGE,), network=WIDE | SIZES, about="how large"),
     ConceptRecipe(
